@@ -1,0 +1,6 @@
+"""pypar: train large language models on many ranks."""
+
+from pypar.mesh import init
+
+__version__ = "0.1.0"
+__all__ = ["init"]

@@ -1,0 +1,27 @@
+"""The extension only: metadata is in pyproject.toml."""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+
+def extensions():
+    if os.environ.get("PYPAR_NO_EXTENSION") == "1" or shutil.which(os.environ.get("CXX", "g++")) is None:
+        print("pypar: no C++ compiler: installing without the compiled extension; the plain-torch reference serves")
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    root = Path(__file__).parent
+    sources = sorted(str(p.relative_to(root)) for d in ("comm", "cpu") for p in (root / "csrc" / d).glob("*.cpp"))
+    extension = CppExtension(
+        "pypar._C",
+        [*sources, "csrc/bindings.cpp"],
+        include_dirs=[str(root / "csrc" / "include"), str(root / "csrc")],
+        extra_compile_args=["-O3", "-Wall", "-fvisibility=hidden", "-g0"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extensions())
