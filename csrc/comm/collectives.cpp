@@ -94,7 +94,7 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
         return std::min(chunk, count - c * chunk);
       };
       return call.run(
-          ceil_div(count, chunk), window,
+          ceil_div(count, chunk), window, Call::kAll,
           [&](int64_t c, std::byte* slot) {
             copy_bytes(slot, offset(in, c * chunk * item), static_cast<size_t>(items(c) * item));
           },
@@ -194,7 +194,7 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
       return dst < src ? dst : dst - 1;
     };
     call.run(
-        ceil_div(largest, per), window,
+        ceil_div(largest, per), window, Call::kAll,
         [&](int64_t c, std::byte* slot) {
           for (int d = 0; d < world; ++d) {
             if (d == me || items(c, d) == 0) continue;
@@ -237,7 +237,7 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
       return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk));
     };
     call.run(
-        std::max<int64_t>(1, ceil_div(largest, chunk)), window,
+        std::max<int64_t>(1, ceil_div(largest, chunk)), window, Call::kAll,
         [&](int64_t c, std::byte* slot) {
           if (part(c, me) != 0) copy_bytes(slot, offset(in, c * chunk), part(c, me));
         },
@@ -310,7 +310,7 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
       }
     }
     copy_bytes(outs[me], ins[me], static_cast<size_t>(send_bytes[me]));
-    call.pipeline(first, std::max<int64_t>(1, ceil_div(largest, per)), stage, [&](int64_t c, uint32_t round) {
+    call.pipeline(first, std::max<int64_t>(1, ceil_div(largest, per)), Call::kAll, stage, [&](int64_t c, uint32_t round) {
       for (int k = 1; k < world; ++k) {
         const int s = (me + k) % world;
         if (part(recv_bytes[s], c) == 0) continue;
@@ -339,7 +339,7 @@ void Communicator::broadcast(void* data, int64_t bytes, int root, Deadline deadl
       return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
     };
     call.run(
-        ceil_div(bytes, chunk), call.window_of(data, static_cast<size_t>(bytes)),
+        ceil_div(bytes, chunk), call.window_of(data, static_cast<size_t>(bytes)), root,
         [&](int64_t c, std::byte* slot) {
           if (me == root) copy_bytes(slot, offset(data, c * chunk), part(c));
         },
@@ -366,7 +366,7 @@ void Communicator::reduce(const void* in, void* out, int64_t count, DType dtype,
       return std::min(chunk, count - c * chunk);
     };
     call.run(
-        ceil_div(count, chunk), 0,
+        ceil_div(count, chunk), 0, me == root ? Call::kAll : Call::kNobody,
         [&](int64_t c, std::byte* slot) {
           if (me != root) copy_bytes(slot, offset(in, c * chunk * item), static_cast<size_t>(items(c) * item));
         },
@@ -392,7 +392,7 @@ void Communicator::gather(const void* in, int64_t bytes, void* const* outs, int 
       return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
     };
     call.run(
-        ceil_div(bytes, chunk), 0,
+        ceil_div(bytes, chunk), 0, me == root ? Call::kAll : Call::kNobody,
         [&](int64_t c, std::byte* slot) {
           if (me != root) copy_bytes(slot, offset(in, c * chunk), part(c));
         },
@@ -420,7 +420,7 @@ void Communicator::scatter(const void* const* ins, int64_t bytes, void* out, int
       return static_cast<size_t>(std::min(per, bytes - c * per));
     };
     call.run(
-        ceil_div(bytes, per), 0,
+        ceil_div(bytes, per), 0, root,
         [&](int64_t c, std::byte* slot) {
           if (me != root) return;
           for (int d = 0; d < call.world; ++d) {
