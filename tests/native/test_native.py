@@ -87,7 +87,13 @@ def test_sanitizer(tmp_path, sanitizer):
 
 def test_ten_thousand_calls_with_stalls(tmp_path):
     program = build(
-        tmp_path / "collectives", "-O2", "-std=c++20", "-Icsrc", "-Icsrc/include", *CORE, "tests/native/collectives_test.cpp"
+        tmp_path / "collectives",
+        "-O2",
+        "-std=c++20",
+        "-Icsrc",
+        "-Icsrc/include",
+        *CORE,
+        "tests/native/collectives_test.cpp",
     )
     for world, calls in ((2, 10000), (3, 2000)):
         subprocess.run([program, str(world), str(calls), "7"], check=True, timeout=250)
