@@ -61,18 +61,13 @@ class Reducer:
             torch.autograd.Variable._execution_engine.queue_callback(self.at_end)
 
     def begin_at(self, output: torch.Tensor) -> None:
-        """Has begin called when a backward reaches `output`: the outermost one, even if it uses no parameter."""
+        """Has begin called when a backward reaches `output`: by the outermost one, if checkpoints are reentrant."""
         this = weakref.ref(self)
 
         def hook(_grad: torch.Tensor) -> None:
             reducer = this()
-            if reducer is None or not reducer.sync:
-                return
-            try:
-                if torch._C._will_engine_execute_node(reducer.slots[0].node):
-                    reducer.begin()
-            except RuntimeError:  # autograd.grad(..., parameters): accumulates nothing
-                pass
+            if reducer is not None and reducer.sync:
+                reducer.begin()
 
         output.register_hook(hook)
 
@@ -130,7 +125,7 @@ class Reducer:
         if self.comm_hook is not None:
             state, hook = self.comm_hook
             bucket.work = hook(state, bucket)
-            if not isinstance(bucket.work, torch.futures.Future):
+            if not isinstance(bucket.work, torch._C.Future):
                 raise TypeError(
                     "pypar.DataParallel: a communication hook returns a torch.futures.Future of one tensor, but "
                     f"'{getattr(hook, '__qualname__', hook)}' returned {type(bucket.work).__name__}"
@@ -175,6 +170,8 @@ class Reducer:
         if not complete and torch._C._current_autograd_node() is not None:
             self.partial = True  # the end of a reentrant checkpoint: the outer backward goes on
             return
+        if not complete and not any(slot.fires for slot in self.slots):
+            return  # torch.autograd.grad, which accumulates nothing
         try:
             if not complete:
                 self.close()
@@ -253,7 +250,15 @@ class Reducer:
     # -- what can go wrong -----------------------------------------------------------------------------------------
 
     def check_idle(self) -> None:
-        """Called before a forward pass: the backward before it must have come to its end."""
+        """Called before a forward pass: the backward before it must have come to its end, on the same parameters."""
+        for slot in self.slots:
+            # Autograd forgets the hooks of a parameter whose data is replaced by another type's.
+            if slot.param.dtype != slot.view.dtype or slot.param.device != slot.view.device:
+                raise RuntimeError(
+                    f"pypar.DataParallel, rank {self.rank}: '{slot.name}' was {slot.view.dtype} on {slot.view.device} "
+                    f"when it was wrapped and is {slot.param.dtype} on {slot.param.device}; convert the module first, "
+                    "then wrap it"
+                )
         if not (self.queued or self.partial) or torch._C._current_graph_task_id() != -1:
             return
         launched, missing, partial = self.next, self.missing(), self.partial
@@ -268,16 +273,6 @@ class Reducer:
             )
 
     def _unfinished(self, missing: Sequence[Slot]) -> None:
-        changed = [
-            f"'{s.name}' was {s.view.dtype} on {s.view.device}, is {s.param.dtype} on {s.param.device}"
-            for s in missing
-            if s.view.dtype != s.param.dtype or s.view.device != s.param.device
-        ]
-        if changed:
-            raise RuntimeError(
-                f"pypar.DataParallel, rank {self.rank}: parameters were changed after wrapping: {changed[0]}; convert "
-                "the module first, then wrap it"
-            )
         if self.static_graph:
             raise RuntimeError(
                 f"pypar.DataParallel, rank {self.rank}: static_graph=True, but {len(missing)} parameters that the "
