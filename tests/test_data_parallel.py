@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from data_parallel_common import TINY, all_home
+from data_parallel_common import TINY, all_home, gradients, inputs, small
 from torch import nn
 
 import pypar
@@ -70,9 +70,27 @@ def share_of(rank, world_size):
     return slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
 
 
+def average_low_precision(rank, world_size):
+    """The float32 sum, rounded once: no further than half a unit in the last place from the exact mean."""
+    for dtype in (torch.bfloat16, torch.float16):
+        module = pypar.DataParallel(small(4, 64, 2).to(dtype), **TINY)
+        module(inputs(rank).to(dtype)).square().sum().backward()
+        local = []
+        for other in range(world_size):
+            alone = small(4, 64, 2).to(dtype)
+            alone(inputs(other).to(dtype)).square().sum().backward()
+            local.append(gradients(alone))
+        for name, grad in gradients(module).items():
+            exact = sum(g[name].double() for g in local) / world_size
+            error = (grad.double() - exact).abs()
+            assert grad.dtype == dtype
+            assert (error <= 0.5001 * torch.finfo(dtype).eps * exact.abs() + 1e-7).all(), f"{dtype} {name}"
+
+
 def train_all(rank, world_size):
     """Every variant, on one rank."""
     share, results = share_of(rank, world_size), {}
+    average_low_precision(rank, world_size)
     for optimizer in ("sgd", "adamw"):
         for kind, kwargs in {
             "default": {},

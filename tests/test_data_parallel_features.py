@@ -28,21 +28,6 @@ from pypar.testing import run_ranks
 BACKEND = "gloo"
 
 
-def check_bfloat16(rank, world_size):
-    for dtype in (torch.bfloat16, torch.float16):
-        module = pypar.DataParallel(small(4, 64, 2).to(dtype), **TINY)
-        module(inputs(rank).to(dtype)).square().sum().backward()
-        local = []
-        for r in range(world_size):
-            alone = small(4, 64, 2).to(dtype)
-            alone(inputs(r).to(dtype)).square().sum().backward()
-            local.append(gradients(alone))
-        for name, grad in gradients(module).items():
-            exact = sum(g[name].float() for g in local) / world_size
-            assert grad.dtype == dtype
-            assert torch.equal(grad, exact.to(dtype)), f"{dtype} {name}: not the float32 sum, rounded once"
-
-
 def check_mixed_dtypes(rank, world_size):
     class Mixed(nn.Module):
         def __init__(self):

@@ -150,10 +150,11 @@ def check_static_graph(rank, world_size):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant, shared=False, unused=False):
+    def __init__(self, reentrant, shared=False, unused=False, last=True):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4) if last else nn.Tanh()
         self.reentrant, self.shared = reentrant, shared
         if unused:
             self.unused = nn.Linear(4, 4)
@@ -170,6 +171,7 @@ def check_checkpointing(rank, world_size):
         (dict(reentrant=False), {}),
         (dict(reentrant=False, shared=True), {}),
         (dict(reentrant=True), {}),
+        (dict(reentrant=True, last=False), {}),  # the first gradient arrives in an inner backward
         (dict(reentrant=True, shared=True, unused=True), {"static_graph": True}),
     ]
     for net, kwargs in cases:
