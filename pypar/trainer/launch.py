@@ -9,6 +9,8 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +32,6 @@ def launch(job: Job) -> None:
         logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.config.threads or 1))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "INFO" if job.debug else "ERROR")
-    received: list[int] = []
-
-    def handler(number: int, _frame: object) -> None:
-        # The agent then ends the ranks with SIGTERM, whose default action is quick and silent.
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(name, signal.SIG_IGN)
-        received.append(number)
-        raise SignalException(f"signal {number}", signal.SIGTERM)
-
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, handler)
     with tempfile.TemporaryDirectory(prefix="pypar_train_") as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job.to_json()))
@@ -59,11 +50,34 @@ def launch(job: Job) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "pypar.trainer.worker", str(path))
+            with _signals() as received:
+                elastic_launch(config, sys.executable)("-m", "pypar.trainer.worker", str(path))
         except SignalException as error:
             raise Interrupted(received[0] if received else signal.SIGTERM) from error
         except ChildFailedError as error:
             raise _cause(error.failures) from error
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Signals in the block end the ranks with SIGTERM, whose default action is quick and silent. Yields what came."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    names = [
+        name for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(name) != signal.SIG_IGN
+    ]
+    received: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        received.append(number)
+        raise SignalException(f"signal {number}", signal.SIGTERM)
+
+    before = {name: signal.signal(name, handler) for name in names}
+    try:
+        yield received
+    finally:
+        for name in names:
+            signal.signal(name, signal.SIG_IGN if received else before[name])
 
 
 def _cause(failures: dict[int, Any]) -> TrainError:

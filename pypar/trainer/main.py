@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pypar.trainer import args, report
 from pypar.trainer.errors import Interrupted, TrainError
 
+if TYPE_CHECKING:
+    from pypar.trainer.prepare import Job
+    from pypar.trainer.ranks import Ranks
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for wrong input, 1 for what failed on the way, 128 + signal. argv: without `train`."""
-    import sys
-
+    """Returns 0, 2 for wrong input, 1 for what failed on the way, or 128 + signal. argv: without `train`."""
     from pypar.trainer.ranks import under_torchrun
 
     debug = report.wants_debug()
     out: list[str] = []
     try:
-        report.raise_on_signals()
         given, resume, debug_given = args.parse(sys.argv[1:] if argv is None else argv)
         debug = debug or debug_given
         if under_torchrun():
+            # torchrun passes Ctrl-C on to every rank and reports it: each ends at once and says nothing.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             _as_rank(given, resume, debug)
         else:
-            _here(given, resume, debug, out)
+            with report.raise_on_signals():
+                _here(given, resume, debug, out)
         return 0
     except (Interrupted, KeyboardInterrupt) as error:
         return report.interrupted(error, out[0] if out else None)
@@ -37,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _here(given: dict, resume: str | None, debug: bool, out: list[str]) -> None:
+def _here(given: dict[str, Any], resume: str | None, debug: bool, out: list[str]) -> None:
     """Prepares in this process, then trains in it or in ranks that it starts. out: gets the run's folder."""
     from pypar.trainer.prepare import prepare
 
@@ -51,21 +59,19 @@ def _here(given: dict, resume: str | None, debug: bool, out: list[str]) -> None:
         _train(job.config.backend, job.config.device, lambda ranks: job)
 
 
-def _as_rank(given: dict, resume: str | None, debug: bool) -> None:
+def _as_rank(given: dict[str, Any], resume: str | None, debug: bool) -> None:
     """torchrun started this process: rank 0 prepares for all; each further host builds its own token cache."""
-    from pathlib import Path
-
     from pypar.trainer import cache
     from pypar.trainer.prepare import Job, prepare
     from pypar.trainer.tokens import load_tokens
 
-    def agree_on_job(ranks):
-        def first():
+    def agree_on_job(ranks: Ranks) -> Job:
+        def first() -> dict[str, Any]:
             return prepare(given, resume, debug, ranks.world_size).to_json()
 
         job = Job.from_json(ranks.first(first))
 
-        def build():
+        def build() -> None:
             if ranks.local_rank == 0 and ranks.rank != 0 and not Path(job.cache).exists():
                 built = cache.build(job.config.data, load_tokens(job.config.tokenizer), Path(job.cache).parent)
                 if str(built) != job.cache:
@@ -79,13 +85,18 @@ def _as_rank(given: dict, resume: str | None, debug: bool) -> None:
     _train(given.get("backend"), given.get("device", "auto"), agree_on_job)
 
 
-def _train(backend, device, agree_on_job) -> None:
+def _train(backend: str | None, device: str, agree_on_job: Callable[[Ranks], Job]) -> None:
+    """Joins the job, agrees on what it is, trains."""
     import torch.distributed as dist
 
     from pypar.trainer.rank import join, train
 
     started = not dist.is_initialized()
-    ranks = join(backend, device)
-    train(agree_on_job(ranks), ranks)
-    if started:
-        dist.destroy_process_group()
+    try:
+        ranks = join(backend, device)
+        train(agree_on_job(ranks), ranks)
+    finally:
+        # With peers, a failed rank leaves at once: they may hang in a collective.
+        failed = sys.exc_info()[0] is not None
+        if started and dist.is_initialized() and (not failed or dist.get_world_size() == 1):
+            dist.destroy_process_group()

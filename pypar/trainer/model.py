@@ -137,7 +137,7 @@ def _read_config(transformers: Any, model: str) -> Any:
         if path.is_dir():
             raise TrainError(f"--model {model}: the folder has no config.json, so it is no saved model")
         raise TrainError(
-            f"no model {model!r}: {hint}there are {', '.join(PRESETS)}, or give a path to a config.json or a saved model"
+            f"no model {model!r}: {hint}there are {', '.join(PRESETS)}, or the path of a config.json or a saved model"
         )
     try:
         values = json.loads(file.read_text())

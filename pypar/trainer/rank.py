@@ -13,7 +13,7 @@ import pypar
 from pypar.trainer import checkpoint
 from pypar.trainer.config import cores
 from pypar.trainer.loop import Trainer
-from pypar.trainer.metrics import Metrics, curve
+from pypar.trainer.metrics import Metrics, curve, writing
 from pypar.trainer.plot import plot
 from pypar.trainer.prepare import Job, lock
 from pypar.trainer.progress import Progress
@@ -47,8 +47,9 @@ def train(job: Job, ranks: Ranks) -> None:
     finally:
         progress.close()
     if metrics:
-        metrics.close()
-        _finish(trainer, metrics, time.monotonic() - started)
+        with writing(run):
+            metrics.close()
+            _finish(trainer, metrics, time.monotonic() - started)
     dist.barrier()
     for file in held:
         file.close()
@@ -62,8 +63,8 @@ def _headline(trainer: Trainer) -> str:
     lines = [
         f"{config.model}: {parameters / 1e6:.2f} million parameters, {ranks.world_size} "
         f"{'rank' if ranks.world_size == 1 else 'ranks'} over {dist.get_backend()}, {config.dtype}",
-        f"data: {trainer.cache.meta['num_documents']} documents{counts}; {trainer.train_data.num_tokens:,} training and "
-        f"{trainer.val_data.num_tokens:,} validation tokens",
+        f"data: {trainer.cache.meta['num_documents']} documents{counts}; "
+        f"{trainer.train_data.num_tokens:,} training and {trainer.val_data.num_tokens:,} validation tokens",
         f"run: {trainer.run}",
     ]
     if trainer.job.resume:

@@ -41,7 +41,7 @@ class Ranks:
         )
 
     def first(self, fn: Callable[[], Any]) -> Any:
-        """fn() on rank 0; its result (which JSON could hold) on every rank, or its error as TrainError on every rank."""
+        """fn() on rank 0; its result, or its error as a TrainError, on every rank."""
         outcome: list[Any] = [None]
         cause: Exception | None = None
         if self.rank == 0:

@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pypar.trainer import checkpoint
@@ -43,30 +46,46 @@ def interrupted(error: BaseException, out: str | None) -> int:
     return 128 + number
 
 
-def raise_on_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP raise Interrupted in the main thread; the first one only."""
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """In the block the first SIGINT, SIGTERM or SIGHUP raises Interrupted in the main thread; later ones do nothing."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def handler(number: int, _frame: object) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for name in names:
             signal.signal(name, signal.SIG_IGN)
         raise Interrupted(number)
 
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) is not signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What is ignored, as SIGHUP under nohup, stays so.
+    before = {name: signal.getsignal(name) for name in names if signal.getsignal(name) is not signal.SIG_IGN}
+    try:
+        for name in before:
             signal.signal(name, handler)
+        yield
+    finally:
+        for name, old in before.items():
+            signal.signal(name, old)
 
 
-def write_error_file(message: str, exit_code: int, expected: bool) -> None:
+def write_error_file(message: str, exit_code: int, expected: bool) -> bool:
     """Where torch's elastic agent looks for a rank's error (TORCHELASTIC_ERROR_FILE), in its format.
 
     expected: a TrainError, which is the cause, where another rank may only have noticed that this one is gone.
+    Returns False when there is no such file or it can't be written.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
-        return
+        return False
     info = {"py_callstack": message, "timestamp": str(int(time.time())), "expected": expected}
     content = {"message": {"message": message, "errorCode": exit_code, "extraInfo": info}}
-    Path(path).write_text(json.dumps(content))
+    try:
+        Path(path).write_text(json.dumps(content))
+    except OSError:
+        return False
+    return True
 
 
 def leave(exit_code: int) -> None:

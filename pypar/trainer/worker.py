@@ -32,7 +32,8 @@ def main() -> None:
         train(job, join(job.config.backend, job.config.device))
     except Exception as error:
         message, code = report.describe(error, debug)
-        report.write_error_file(message, code, isinstance(error, TrainError))
+        if not report.write_error_file(message, code, isinstance(error, TrainError)):
+            report.say(message)
         report.leave(code)
     import torch.distributed as dist
 
