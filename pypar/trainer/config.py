@@ -15,7 +15,7 @@ MAX_RANKS_PER_CORE = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults: two CPU ranks with one thread each learn the standard library's sources in about three minutes.
+    """Defaults: two CPU ranks with one thread each learn the standard library's sources in two or three minutes.
 
     batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
     dp: number of ranks. Paths are absolute once `prepare` has seen them; None stands for "decide for me".
@@ -27,13 +27,13 @@ class TrainConfig:
     tokenizer: str | None = None
     cache_dir: str | None = None
     val_fraction: float = 0.05
-    seq_len: int = 256
-    batch_size: int = 16
+    seq_len: int = 128
+    batch_size: int = 8
     accumulate: int = 1
-    steps: int = 200
+    steps: int = 600
     lr: float = 3e-3
     min_lr_ratio: float = 0.1
-    warmup: int = 20
+    warmup: int = 30
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -46,11 +46,11 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     out: str | None = None
-    eval_every: int = 50
-    eval_batches: int = 8
-    save_every: int = 100
+    eval_every: int = 100
+    eval_batches: int = 16
+    save_every: int = 200
     keep: int = 3
-    log_every: int = 10
+    log_every: int = 20
     prompt: str | None = None
     sample_tokens: int = 200
     temperature: float = 0.8

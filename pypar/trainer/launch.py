@@ -28,7 +28,7 @@ def launch(job: Job) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not job.debug:
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+        # The agent logs signals and failed ranks as warnings and errors; the one line says it all.
         logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", str(job.config.threads or 1))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "INFO" if job.debug else "ERROR")
@@ -56,6 +56,8 @@ def launch(job: Job) -> None:
             raise Interrupted(received[0] if received else signal.SIGTERM) from error
         except ChildFailedError as error:
             raise _cause(error.failures) from error
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 @contextmanager

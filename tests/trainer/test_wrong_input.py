@@ -89,6 +89,7 @@ def test_missing_extra(refused, monkeypatch):
 def test_output_that_cannot_be_used(refused, options, tmp_path):
     (tmp_path / "file").touch()
     assert "cannot write to --out" in refused(*options, "--out", "file", exit_code=1)
+    assert "choose another --cache-dir" in refused(*options, "--cache-dir", "file", exit_code=1)
     assert main([*options, "--out", "run", "--steps", "1"]) == 0
     assert "holds a run already: --resume goes on with it" in refused(*options, "--out", "run")
     from pathlib import Path
