@@ -11,7 +11,7 @@ from torch import nn
 import pypar
 from pypar.testing import run_ranks
 
-BACKEND = "gloo"
+BACKEND = "pypar"
 BATCH = 12  # of all ranks together: divisible by 2, 3 and 4
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import pypar
 from pypar.testing import run_ranks
 
-BACKEND = "gloo"
+BACKEND = "pypar"
 
 
 def check_mixed_dtypes(rank, world_size):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import pypar
 from pypar.testing import run_ranks
 
-BACKEND = "gloo"
+BACKEND = "pypar"
 
 
 def check_no_sync_adds_up_locally(rank, world_size):

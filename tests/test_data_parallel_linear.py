@@ -15,7 +15,7 @@ from torch import nn
 import pypar
 from pypar.data_parallel import linear
 
-BACKEND = "gloo"
+BACKEND = "pypar"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -120,11 +120,8 @@ def wrap(module: nn.Module, world_size: int) -> nn.Module:
     """Data parallel: gradients are averaged over ranks in backward. One rank needs no wrapper."""
     if world_size == 1:
         return module
-    # TEMPORARY, until pypar.DataParallel is merged: torch's DDP has the same interface.
-    try:
-        from pypar import DataParallel  # type: ignore[attr-defined]
-    except ImportError:
-        from torch.nn.parallel import DistributedDataParallel as DataParallel
+    from pypar import DataParallel
+
     return DataParallel(module)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 # The process group of the tests; to become "pypar" with the compiled extension.
-BACKEND = "gloo"
+BACKEND = "pypar"
 
 
 def command(*arguments: str) -> list[str]:
