@@ -1,4 +1,4 @@
-"""all_gather against gloo, plain C and the MPIs: python -m bench.bench_all_gather [--quick] [--sizes 8,1M] [--ranks 4]"""
+"""all_gather against gloo, plain C and the MPIs: python -m bench.bench_all_gather [--quick] [--ranks 4]"""
 
 import sys
 

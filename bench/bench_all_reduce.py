@@ -1,4 +1,4 @@
-"""all_reduce against gloo, plain C and the MPIs: python -m bench.bench_all_reduce [--quick] [--sizes 8,1M] [--ranks 4]"""
+"""all_reduce against gloo, plain C and the MPIs: python -m bench.bench_all_reduce [--quick] [--ranks 4]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""all_to_all against gloo, plain C and the MPIs: python -m bench.bench_all_to_all [--quick] [--sizes 8,1M] [--ranks 4]"""
+"""all_to_all against gloo, plain C and the MPIs: python -m bench.bench_all_to_all [--quick] [--ranks 4]"""
 
 import sys
 

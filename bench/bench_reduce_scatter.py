@@ -1,4 +1,4 @@
-"""reduce_scatter against gloo, plain C and the MPIs: python -m bench.bench_reduce_scatter [--quick] [--sizes 8,1M] [--ranks 4]"""
+"""reduce_scatter against gloo, plain C and the MPIs: python -m bench.bench_reduce_scatter [--quick] [--ranks 4]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""send and recv against gloo, plain C and the MPIs: python -m bench.bench_send_recv [--quick] [--sizes 8,1M] [--ranks 4]"""
+"""send_recv against gloo, plain C and the MPIs: python -m bench.bench_send_recv [--quick] [--sizes 8,1M] [--ranks 4]"""
 
 import sys
 

@@ -6,7 +6,7 @@ Every size is timed by all variants in turn before the next size: A B A B. bench
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bench import harness, native, programs, ranks, report
 from bench.harness import Case, Result, Variant, size_name
@@ -15,6 +15,8 @@ OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", 
 SIZES = tuple(8 << k for k in (0, 7, 11, 13, 15, 17, 19, 21, 23))  # 8 B, 1 KiB, 16 KiB, 64 KiB, ... 64 MiB
 QUICK_SIZES = (8, 16 << 10, 256 << 10, 1 << 20, 4 << 20)
 KIB, MIB = 1 << 10, 1 << 20
+Say = Callable[[str], None]
+Limit = tuple[str, float]
 
 
 def parse_size(text: str) -> int:
@@ -39,23 +41,23 @@ def best_peer(times: report.Times, nbytes: int) -> float | None:
 def targets(op: str, num_ranks: int, results: Sequence[Result]) -> list[report.Ratio]:
     """The ratios that the project holds itself to, and what they must be."""
     times = report.medians(results)
-    regimes = {r.case.nbytes: r.regime for r in results}
+    regimes = {r.case.nbytes: r.regime for r in results if not r.refused}
     ordinary, symmetric = ("pypar dist", "pypar dist symmetric") if op == "send" else ("pypar op", "pypar op symmetric")
 
-    def over(a: str, b: str):
+    def over(a: str, b: str) -> Callable[[int], float | None]:
         return lambda s: times[a, s] / times[b, s] if (a, s) in times and (b, s) in times else None
 
     def peer_ratio(nbytes: int) -> float | None:
         best = best_peer(times, nbytes)
         return best / times[ordinary, nbytes] if best and (ordinary, nbytes) in times else None
 
-    def against_gloo(nbytes: int) -> tuple[str, float]:
+    def against_gloo(nbytes: int) -> Limit:
         if num_ranks > 2:
             return ">=", 1.0
         return ">=", 20.0 if nbytes <= 16 * KIB else 3.0 if nbytes >= MIB else 1.0
 
-    def if_two(limit: tuple[str, float], low: int, high: int = 1 << 62, fast: bool = False):
-        def at(nbytes: int) -> tuple[str, float] | None:
+    def if_two(limit: Limit, low: int, high: int = 1 << 62, fast: bool = False) -> Callable[[int], Limit | None]:
+        def at(nbytes: int) -> Limit | None:
             held = num_ranks == 2 and low <= nbytes <= high and (not fast or regimes.get(nbytes) == "fast")
             return limit if held else None
 
@@ -80,7 +82,7 @@ def targets(op: str, num_ranks: int, results: Sequence[Result]) -> list[report.R
 class Bench:
     """The variants of one number of ranks. Close it: it holds processes."""
 
-    def __init__(self, num_ranks: int, max_bytes: int, with_peers: bool = True, say=print):
+    def __init__(self, num_ranks: int, max_bytes: int, with_peers: bool = True, say: Say = print):
         from pypar import backend
 
         self.num_ranks = num_ranks
@@ -107,7 +109,7 @@ class Bench:
         for variant in self.programs:
             variant.program.close()
 
-    def run(self, op: str, sizes: Sequence[int], rounds: int, budget_us: float, say=print) -> list[Result]:
+    def run(self, op: str, sizes: Sequence[int], rounds: int, budget_us: float, say: Say = print) -> list[Result]:
         smallest = 4 * self.num_ranks  # one element per rank
         cases = [Case(op, nbytes, self.num_ranks) for nbytes in sorted({max(s, smallest) for s in sizes})]
         return harness.run(self.variants, cases, rounds, budget_us, say)
@@ -116,12 +118,13 @@ class Bench:
 def publish(op: str, num_ranks: int, results: Sequence[Result]) -> bool:
     """Prints the tables, writes the CSV rows and the chart. False when a variant was refused."""
     bench = "bench_send_recv" if op == "send" else f"bench_{op}"
+    csv_path = harness.write_csv(bench, results)
+    results = harness.one_regime(results)
     sizes = sorted({r.case.nbytes for r in results})
     print(f"\n{op}, {num_ranks} ranks, one thread each, float32\n{report.table(results)}")
     print(f"\n{report.ratio_table(targets(op, num_ranks, results), sizes)}")
-    csv_path = harness.write_csv(bench, results)
     suffix = "" if num_ranks == 2 else f"_{num_ranks}ranks"
-    regimes = " / ".join(sorted({r.regime for r in results}))
+    regimes = ", ".join(sorted({r.regime for r in results if r.regime}))
     title = f"{op}, {num_ranks} ranks on one host, one thread each, float32 ({regimes} regime)"
     png_path = report.chart(bench + suffix, title, results)
     print(f"\n{csv_path}\n{png_path}")

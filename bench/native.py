@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def line_latency_ns(rounds: int = 20000) -> float:
+def line_latency_ns(rounds: int = 4000) -> float:
     """One-way latency of a cache line between the first two cores that this process may use; NaN with one core."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:

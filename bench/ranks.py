@@ -75,7 +75,7 @@ class RankState:
 
             self.groups["pypar"] = dist.new_group(backend="pypar", timeout=timedelta(seconds=LIMIT_S))
             name = self.groups["pypar"].group_name
-            pair = [symmetric.empty(num, dtype=torch.float32, device="cpu").zero_() for _ in range(2)]
+            pair = [symmetric.empty(num, dtype=torch.float32, device=torch.device("cpu")).zero_() for _ in range(2)]
             self.handles = [symmetric.rendezvous(tensor, name) for tensor in pair]
             self.memory[True] = (pair[0], pair[1])
 
@@ -251,7 +251,8 @@ class RankPool:
         self._answers()
 
     def _answers(self) -> list[Any]:
-        deadline, values = time.monotonic() + 2 * LIMIT_S, {}
+        deadline = time.monotonic() + 2 * LIMIT_S
+        values: dict[int, Any] = {}
         while len(values) < self.world:  # in the order in which they come: an error first, then who waits for that rank
             waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in values}
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))

@@ -50,16 +50,16 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Median microseconds: variants down, sizes across, and the regime of each size."""
+    """Median microseconds: variants down, sizes across, and the regime of each size. One regime per size."""
     sizes = sorted({r.case.nbytes for r in results})
     names = list(dict.fromkeys(r.variant for r in results))
     times = medians(results)
     refused = {(r.variant, r.case.nbytes) for r in results if r.refused}
-    regimes = {r.case.nbytes: r.regime for r in results}
+    regimes = {r.case.nbytes: r.regime for r in results if not r.refused}
     rows = [["us", *map(size_name, sizes)]]
     for name in names:
         rows.append([name, *("REFUSED" if (name, s) in refused else _number(times.get((name, s))) for s in sizes)])
-    return _aligned([*rows, ["regime", *(regimes[s] for s in sizes)]])
+    return _aligned([*rows, ["regime", *(regimes.get(s, "-") for s in sizes)]])
 
 
 def ratio_table(ratios: Sequence[Ratio], sizes: Sequence[int]) -> str:

@@ -32,7 +32,9 @@ def alone() -> Iterator[str]:
     if not backend.available():
         pytest.skip("the compiled extension is not there")
     dist.init_process_group("pypar", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD.group_name
+    group = dist.group.WORLD
+    assert group is not None
+    yield group.group_name
     dist.destroy_process_group()
 
 

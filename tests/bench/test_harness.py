@@ -77,8 +77,9 @@ def test_wrong_variant_is_never_timed(tmp_path: Path) -> None:
 
 
 def test_variant_that_goes_wrong_while_timed_gets_no_row(tmp_path: Path) -> None:
-    results = harness.run([Fake("late", [], good=1)], [CASE], rounds=2)
-    assert results[0].us and results[0].refused
+    log: list[str] = []
+    results = harness.run([Fake("late", log, good=1)], [CASE], rounds=2)
+    assert log and results[0].refused and not results[0].us
     assert read(harness.write_csv("x", results, tmp_path)) == []
 
 
@@ -92,6 +93,16 @@ def test_rounds_are_interleaved() -> None:
     log: list[str] = []
     harness.run([Fake("a", log), Fake("b", log)], [CASE], rounds=3)
     assert log[2:] == ["a", "b"] * 3  # the first two are the warm-up
+
+
+def test_regimes_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = iter([50.0, 50, 50, 50, 240, 240, 50] + [50.0] * 99)
+    monkeypatch.setattr(native, "line_latency_ns", lambda: next(probes))
+    results = harness.run([Fake("a", []), Fake("b", [])], [CASE], rounds=4)
+    assert {(r.variant, r.regime): len(r.line_ns) for r in results} == {
+        (variant, regime): n for variant in "ab" for regime, n in {"fast": 4, "mixed": 2, "slow": 1}.items()
+    }
+    assert [(r.variant, r.regime) for r in harness.one_regime(results)] == [("a", "fast"), ("b", "fast")]
 
 
 def test_csv_has_every_column_and_appends(tmp_path: Path) -> None:
@@ -112,7 +123,7 @@ def test_regime() -> None:
 
 def test_targets_pass_and_miss() -> None:
     def of(variant: str, nbytes: int, us: float) -> Result:
-        return Result(Case("all_reduce", nbytes), variant, [us], line_ns=(50.0, 50.0))
+        return Result(Case("all_reduce", nbytes), variant, "fast", [us])
 
     results = [of("gloo", 8, 100), of("pypar dist", 8, 6), of("gloo", 1 << 20, 100), of("pypar dist", 1 << 20, 20)]
     results += [of("pypar op", 1 << 20, 20), of("MPICH", 1 << 20, 30), of("reference staged", 1 << 20, 10)]
