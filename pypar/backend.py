@@ -1,8 +1,15 @@
-"""Registers the process group `pypar` and the symmetric-memory allocator with torch.distributed."""
+"""Loads the compiled extension."""
 
 from __future__ import annotations
 
+from functools import cache
 
+
+@cache
 def available() -> bool:
     """True when the compiled extension is there and loaded."""
-    return False
+    try:
+        import pypar._C  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True

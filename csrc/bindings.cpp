@@ -1,0 +1,3 @@
+#include <torch/extension.h>
+
+PYBIND11_MODULE(_C, m) {}
