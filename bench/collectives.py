@@ -83,13 +83,12 @@ class Bench:
     """The variants of one number of ranks. Close it: it holds processes."""
 
     def __init__(self, num_ranks: int, max_bytes: int, with_peers: bool = True, say: Say = print):
-        from pypar import backend
-
         self.num_ranks = num_ranks
-        has_pypar = backend.available()
-        if not has_pypar:
-            say("pypar: skipped, the compiled extension is not there (pip install -e .)")
-        self.pool = ranks.RankPool(num_ranks, max_bytes, has_pypar)
+        usable = ranks.usable()
+        missing = [name for name in ranks.VARIANTS if name not in usable]
+        if missing:
+            say(f"skipped, the compiled extension does not offer them here: {', '.join(missing)}")
+        self.pool = ranks.RankPool(num_ranks, max_bytes, has_pypar=len(usable) > 1)
         self.programs: list[programs.ProgramVariant] = []
         for kind in ("staged", "symmetric"):
             try:
@@ -98,8 +97,7 @@ class Bench:
                 say(f"reference {kind}: skipped, {error}")
         if with_peers:
             self.programs += programs.peers(num_ranks, max_bytes, say)
-        names = [name for name, (group, *_) in ranks.VARIANTS.items() if has_pypar or group == "gloo"]
-        self.variants: list[Variant] = [*(ranks.RankVariant(name, self.pool) for name in names), *self.programs]
+        self.variants: list[Variant] = [*(ranks.RankVariant(name, self.pool) for name in usable), *self.programs]
 
     def __enter__(self) -> Bench:
         return self

@@ -47,6 +47,15 @@ def variants_of(op: str) -> list[str]:
     return [*names, "pypar op new tensor"] if op in NEW_TENSOR else names
 
 
+def usable() -> list[str]:
+    """The variants that this installation has: gloo always, ops with the extension, the group once it is registered."""
+    import pypar
+
+    with_op, with_group = pypar.backend.available(), "pypar" in dist.Backend.backend_list
+    has = {("gloo", "dist"): True, ("pypar", "op"): with_op, ("pypar", "dist"): with_op and with_group}
+    return [name for name, (group, interface, *_) in VARIANTS.items() if has[group, interface]]
+
+
 def element(rank: int, index: torch.Tensor, salt: int) -> torch.Tensor:
     """Small integers, as in bench.h: every sum is exact, and no two neighbours agree."""
     return ((rank + 1) * (1 + (index + salt) % 1021)).float()
@@ -73,7 +82,8 @@ class RankState:
 
             import pypar  # noqa: F401  (registers the backend)
 
-            self.groups["pypar"] = dist.new_group(backend="pypar", timeout=timedelta(seconds=LIMIT_S))
+            backend = "pypar" if "pypar" in dist.Backend.backend_list else "gloo"  # the ops go by the name of any group
+            self.groups["pypar"] = dist.new_group(backend=backend, timeout=timedelta(seconds=LIMIT_S))
             name = self.groups["pypar"].group_name
             pair = [symmetric.empty(num, dtype=torch.float32, device=torch.device("cpu")).zero_() for _ in range(2)]
             self.handles = [symmetric.rendezvous(tensor, name) for tensor in pair]
@@ -110,8 +120,8 @@ class RankState:
 
         return {
             "all_reduce": lambda root: dist.all_reduce(x, group=group),
-            "reduce_scatter": lambda root: dist.reduce_scatter_tensor(out, x, group=group),
-            "all_gather": lambda root: dist.all_gather_into_tensor(out, x, group=group),
+            "reduce_scatter": lambda root: dist.reduce_scatter_single(out, x, group=group),
+            "all_gather": lambda root: dist.all_gather_single(out, x, group=group),
             "all_to_all": lambda root: dist.all_to_all_single(out, x, group=group),
             "broadcast": lambda root: dist.broadcast(x, root, group=group),
             "send": there_and_back,
