@@ -14,16 +14,22 @@ namespace {
 enum Mutation { kNone, kRelaxedPublish, kRelaxedWait, kThreeSlots, kNoSlotWait, kNoAnnounce, kLateAnnounce, kNoCredit };
 Mutation mutation = kNone;
 
-bool reached(unsigned value, unsigned target) { return static_cast<int>(value - target) >= 0; }
-rl::memory_order publish_order() { return mutation == kRelaxedPublish ? rl::mo_relaxed : rl::mo_release; }
-rl::memory_order wait_order() { return mutation == kRelaxedWait ? rl::mo_relaxed : rl::mo_acquire; }
+bool reached(unsigned value, unsigned target) {
+  return static_cast<int>(value - target) >= 0;
+}
+rl::memory_order publish_order() {
+  return mutation == kRelaxedPublish ? rl::mo_relaxed : rl::mo_release;
+}
+rl::memory_order wait_order() {
+  return mutation == kRelaxedWait ? rl::mo_relaxed : rl::mo_acquire;
+}
 
 void spin_until(rl::atomic<unsigned>& word, unsigned target) {
   while (!reached(word($).load(wait_order()), target)) rl::yield(1, $);
 }
 
-// Communicator::Call: stage ahead, publish, wait, consume; epochs that wrap. kRooted: only rank 0's data is read, so the
-// others wait for rank 0 alone and rank 0 for nobody but in next().
+// Communicator::Call: stage ahead, publish, wait, consume; epochs that wrap. kRooted: only rank 0's data is read, so
+// the others wait for rank 0 alone and rank 0 for nobody but in next().
 template <int kWorld, bool kRooted = false>
 struct Rounds : rl::test_suite<Rounds<kWorld, kRooted>, kWorld> {
   static constexpr int kSlots = 4, kChunks = 5;
@@ -90,7 +96,8 @@ struct Barrier : rl::test_suite<Barrier, 2> {
   }
 };
 
-// notify() and wait_signal() with a futex: no wake-up may be lost. Time slices are left out, so a lost one is a deadlock.
+// notify() and wait_signal() with a futex: no wake-up may be lost. Time slices are left out, so a lost one is a
+// deadlock.
 struct Futex : rl::test_suite<Futex, 2> {
   rl::atomic<unsigned> word, sleepers;
   rl::var<unsigned> data;
@@ -172,7 +179,7 @@ bool holds(unsigned iterations) {
 
 int main(int argc, char** argv) {
   if (argc != 4) return 2;
-  const char* names[] = {"none",        "relaxed_publish", "relaxed_wait",  "three_slots",
+  const char* names[] = {"none",         "relaxed_publish", "relaxed_wait",  "three_slots",
                          "no_slot_wait", "no_announce",     "late_announce", "no_credit"};
   bool known = false;
   for (int i = 0; i < 8; ++i) {
