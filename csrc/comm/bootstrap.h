@@ -44,7 +44,7 @@ struct Mesh {
   int rank = 0;   // among the ranks of this mesh
   int world = 1;
   std::vector<int> group_ranks;      // rank of the mesh -> rank of the group
-  std::vector<Segment> segments;     // by rank; own one included
+  std::vector<std::shared_ptr<Segment>> segments;  // by rank, own one included; shared when the ranks are threads
   std::vector<std::byte*> bases;     // by rank
   std::vector<int> sockets;          // SOCK_SEQPACKET to each peer, -1 at own rank
   std::vector<int> pidfds;           // -1 where the kernel can't say

@@ -10,7 +10,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,7 +23,7 @@ namespace pypar {
 
 inline constexpr int kSlots = 4;
 inline constexpr int kMaxWorld = 256;
-inline constexpr size_t kInlineBytes = 24;
+inline constexpr size_t kInlineBytes = 32;
 
 // One cache line: everything a peer must know of a small call in a single transfer.
 struct alignas(64) Line {
@@ -35,8 +34,7 @@ struct alignas(64) Line {
   uint8_t staged;     // the slot of this round holds data
   uint64_t count;     // elements
   uint64_t detail;    // root, or a hash of the split sizes
-  uint64_t window_in;   // symmetric window: id << 44 | offset / 4 ; 0: an ordinary tensor
-  uint64_t window_out;
+  uint64_t window;      // symmetric: id << 40 | offset in bytes; 0: an ordinary tensor
   uint8_t payload[kInlineBytes];
 };
 static_assert(sizeof(Line) == 64);
@@ -61,6 +59,7 @@ struct Window {
   uint32_t id = 0;
   size_t bytes = 0;
   std::vector<std::byte*> bases;
+  std::vector<Segment> mapped;  // the peers' memory, mapped here
 };
 
 // When a wait ends. A default-made one never does.
@@ -72,7 +71,7 @@ struct Deadline {
 
 class Communicator {
  public:
-  // Collective over the mesh. `extra_bytes`: size of the region of each segment that the point-to-point rings use.
+  // Collective over the mesh.
   explicit Communicator(std::unique_ptr<Mesh> mesh);
   ~Communicator();
   Communicator(const Communicator&) = delete;
@@ -88,34 +87,43 @@ class Communicator {
   void reduce_scatter(const void* const* ins, const int64_t* counts, void* out, DType dtype, ReduceOp op,
                       Deadline deadline);
   // outs[s]: what rank s gives, bytes[s] of it. `in` holds bytes[rank()].
-  void all_gather(const void* in, const int64_t* bytes, void* const* outs, Deadline deadline);
+  // `dtype` here and below is compared across ranks and named in errors; sizes are in bytes all the same.
+  void all_gather(const void* in, const int64_t* bytes, void* const* outs, Deadline deadline,
+                  DType dtype = DType::bytes);
   // Rank d gets send_bytes[d] bytes from ins[d]; recv_bytes[s] from rank s go to outs[s].
   void all_to_all(const void* const* ins, const int64_t* send_bytes, void* const* outs, const int64_t* recv_bytes,
-                  Deadline deadline);
-  void broadcast(void* data, int64_t bytes, int root, Deadline deadline);
+                  Deadline deadline, DType dtype = DType::bytes);
+  void broadcast(void* data, int64_t bytes, int root, Deadline deadline, DType dtype = DType::bytes);
   // `out` may be null on ranks other than root.
   void reduce(const void* in, void* out, int64_t count, DType dtype, ReduceOp op, int root, Deadline deadline);
   // outs is read on root only; every rank gives `bytes`.
-  void gather(const void* in, int64_t bytes, void* const* outs, int root, Deadline deadline);
-  void scatter(const void* const* ins, int64_t bytes, void* out, int root, Deadline deadline);
+  void gather(const void* in, int64_t bytes, void* const* outs, int root, Deadline deadline,
+              DType dtype = DType::bytes);
+  void scatter(const void* const* ins, int64_t bytes, void* out, int root, Deadline deadline,
+               DType dtype = DType::bytes);
 
   // Collective: makes [base, base + bytes) of `fd` a symmetric window; all ranks give the same size.
   std::shared_ptr<Window> rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline);
-  void forget(const Window& window);
+  // The memory at `base` is about to be freed here: it is no symmetric tensor any more.
+  void forget(const std::byte* base);
 
-  // Region of rank's segment for the point-to-point rings, zero when made: kRingRegionBytes.
+  // Bytes of each rank's control segment on a host of `world` ranks.
+  static size_t segment_bytes(int world);
+  // Region of rank's segment for the point-to-point rings, zero when made.
   std::byte* ring_region(int rank) const;
   size_t ring_region_bytes() const { return ring_bytes_; }
 
   // Throws PeerError if the group is aborted, `peer` (or any peer when -1) died or left, or the deadline passed.
   // Call it between slices of any wait. `what`: e.g. "recv #12 from rank 1".
   void check_alive(int peer, const std::string& what, Deadline deadline) const;
+  // "rank 3" as the group counts, for messages.
+  std::string rank_text(int rank) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
   void abort(const std::string& reason);
   // This rank will call no more.
   void leave();
   // How long a wait spins before it sleeps: 0 when the ranks of this host outnumber its cores.
-  uint64_t spin_ns() const { return spin_ns_; }
+  uint64_t spin_ns() const;
   // The calling thread runs beside the main computation: it must not spin.
   static void set_background_thread(bool background);
   uint64_t calls() const { return calls_; }
@@ -124,8 +132,17 @@ class Communicator {
   static void set_stall(void (*stall)(int rank, uint32_t round));
 
  private:
+  // Runs body and, if it throws PeerError, ends the call on every other rank too.
+  template <typename Body>
+  void guarded(Body&& body) {
+    try {
+      body();
+    } catch (const PeerError& error) {
+      abort(error.what());
+      throw;
+    }
+  }
   struct Call;
-  friend struct Call;
 
   std::unique_ptr<Mesh> mesh_;
   std::vector<ControlHeader*> heads_;

@@ -1,0 +1,93 @@
+// One call of a collective: its lock, its rounds, its header. Internal to comm/.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <utility>
+
+#include "comm/communicator.h"
+#include "pypar/signal.h"
+
+namespace pypar {
+
+struct Communicator::Call {
+  Call(Communicator& communicator, Op op, DType dtype, ReduceOp reduce_op, uint64_t count, uint64_t detail,
+       Deadline deadline);
+
+  // The number of the next round to publish; its slot may be written when this returns.
+  uint32_t next();
+  void publish(uint32_t round);
+  void wait(int peer, uint32_t round);
+  void wait_all(uint32_t round);
+  // A round without data: when it returns, every rank has got this far.
+  void sync();
+
+  std::byte* slot(int rank, uint32_t round) const {
+    return c.slots_[static_cast<size_t>(rank)] + (round % kSlots) * c.slot_bytes_;
+  }
+  const Line& line(int rank, uint32_t round) const {
+    return c.heads_[static_cast<size_t>(rank)]->lines[round % kSlots];
+  }
+
+  // Publishes the header in `round`, waits for everybody's and compares them. Throws PeerError, on every rank, when two
+  // ranks called different things.
+  void agree(uint32_t round);
+  // Where the window that contains [data, data + bytes) begins on every rank, if all ranks agreed on one.
+  uint64_t window_of(const void* data, size_t bytes) const;
+  bool all_lines(uint32_t round, bool (*holds)(const Line& mine, const Line& theirs)) const;
+  std::byte* at(uint64_t window, int rank) const;
+
+  // Rounds with data. stage(chunk, slot) writes this rank's part; consume(chunk, round) reads the peers'.
+  // Chunk 0 was staged and published in `first`; chunk i+1 is staged before chunk i is waited for.
+  template <typename Stage, typename Consume>
+  void pipeline(uint32_t first, int64_t num_chunks, Stage&& stage, Consume&& consume) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      if (chunk + 1 < num_chunks) {
+        const uint32_t ahead = next();
+        stage(chunk + 1, slot(me, ahead));
+        publish(ahead);
+      }
+      const uint32_t round = first + static_cast<uint32_t>(chunk);
+      wait_all(round);
+      consume(chunk, round);
+    }
+  }
+
+  // The whole of a staged call. `windowed`: this rank's data lies in a window, so it staged nothing yet. `in_place(id)`
+  // runs when every rank's data lies in the same place of the same window; otherwise all ranks stage.
+  template <typename Stage, typename Consume, typename InPlace>
+  void run(int64_t num_chunks, uint64_t window, Stage&& stage, Consume&& consume, InPlace&& in_place) {
+    header.window = window;
+    header.staged = window == 0;
+    uint32_t first = next();
+    if (header.staged) stage(0, slot(me, first));
+    agree(first);
+    if (all_lines(first, [](const Line& mine, const Line& theirs) {
+          return mine.window != 0 && mine.window == theirs.window;
+        })) {
+      in_place(window);
+      sync();  // nobody may touch the window while a peer still reads or writes it
+      return;
+    }
+    if (!all_lines(first, [](const Line& mine, const Line& theirs) { return mine.staged && theirs.staged; })) {
+      first = next();
+      stage(0, slot(me, first));
+      publish(first);
+    }
+    pipeline(first, num_chunks, stage, consume);
+  }
+
+  std::string describe(int rank, const Line& line) const;
+  std::string call_text() const;
+
+  Communicator& c;
+  const int me;
+  const int world;
+  Line header{};
+  const Deadline deadline;
+  std::unique_lock<std::mutex> lock;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace pypar

@@ -1,0 +1,252 @@
+#include "comm/communicator.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "comm/call.h"
+#include "pypar/signal.h"
+
+namespace pypar {
+
+namespace {
+
+constexpr uint64_t kMagic = 0x7061727079703032ull;
+constexpr uint32_t kAbi = 1;
+constexpr size_t kPageBytes = 4096;
+// Larger than a core's L2, so that a slot has left the peer's cache when it is written again: docs/design/0002.
+constexpr size_t kSlotBytes = 1u << 20;
+constexpr size_t kRingHeaderBytes = 64u << 10;
+constexpr size_t kRingDataBytes = 2u << 20;
+constexpr uint64_t kSpinNs = 100'000;
+constexpr uint64_t kBackgroundSpinNs = 2'000;
+
+static_assert(sizeof(ControlHeader) <= kPageBytes);
+
+thread_local bool background_thread = false;
+std::atomic<void (*)(int, uint32_t)> stall_hook{nullptr};
+
+void stall(int rank, uint32_t round) {
+  if (auto* hook = stall_hook.load(std::memory_order_relaxed)) hook(rank, round);
+}
+
+size_t ring_region(int world) { return static_cast<size_t>(world) * (kRingHeaderBytes + kRingDataBytes); }
+
+}  // namespace
+
+Deadline Deadline::after(std::chrono::milliseconds timeout) {
+  if (timeout.count() <= 0) return {};
+  const auto ms = static_cast<uint64_t>(timeout.count());
+  return {now_ns() + ms * 1'000'000, ms};
+}
+
+size_t Communicator::segment_bytes(int world) { return kPageBytes + pypar::ring_region(world) + kSlots * kSlotBytes; }
+
+Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) {
+  if (world() > kMaxWorld) {
+    throw ArgumentError("group '" + name() + "' has " + std::to_string(world()) + " ranks on this host; at most " +
+                        std::to_string(kMaxWorld) + " can share memory");
+  }
+  slot_bytes_ = kSlotBytes;
+  ring_bytes_ = pypar::ring_region(world());
+  spin_ns_ = world() > mesh_->num_cores ? 0 : kSpinNs;
+  seen_.assign(static_cast<size_t>(world()), 0);
+  for (int r = 0; r < world(); ++r) {
+    std::byte* base = mesh_->bases[static_cast<size_t>(r)];
+    heads_.push_back(reinterpret_cast<ControlHeader*>(base));
+    slots_.push_back(base + kPageBytes + ring_bytes_);
+  }
+  ControlHeader& own = *heads_[static_cast<size_t>(rank())];
+  own.abi = kAbi;
+  own.rank = static_cast<uint32_t>(rank());
+  own.world = static_cast<uint32_t>(world());
+  own.slot_bytes = static_cast<uint32_t>(slot_bytes_);
+  own.bytes = segment_bytes(world());
+  std::atomic_ref<uint64_t>(own.magic).store(kMagic, std::memory_order_release);
+}
+
+Communicator::~Communicator() { leave(); }
+
+std::string Communicator::rank_text(int rank) const {
+  return "rank " + std::to_string(mesh_->group_ranks[static_cast<size_t>(rank)]);
+}
+
+std::byte* Communicator::ring_region(int rank) const { return mesh_->bases[static_cast<size_t>(rank)] + kPageBytes; }
+
+uint64_t Communicator::spin_ns() const { return background_thread ? std::min(spin_ns_, kBackgroundSpinNs) : spin_ns_; }
+
+void Communicator::set_background_thread(bool background) { background_thread = background; }
+
+void Communicator::set_stall(void (*stall)(int, uint32_t)) { stall_hook = stall; }
+
+void Communicator::check_alive(int peer, const std::string& what, Deadline deadline) const {
+  ControlHeader& own = *heads_[static_cast<size_t>(rank())];
+  if (load_acquire(own.aborted) == 2) throw PeerError(own.reason);
+  const std::string where = rank_text(rank()) + " of group '" + name() + "' in " + what + ": ";
+  for (int r = 0; r < world(); ++r) {
+    if (r == rank() || (peer >= 0 && r != peer)) continue;
+    if (load_acquire(heads_[static_cast<size_t>(r)]->left) != 0) {
+      throw PeerError(where + rank_text(r) + " has left the group; did it finish early or skip a call?");
+    }
+    if (!mesh_->alive(r)) {
+      throw PeerError(where + rank_text(r) + " (process " + std::to_string(mesh_->pids[static_cast<size_t>(r)]) +
+                      ") is dead; its own output says why");
+    }
+  }
+  if (deadline.at_ns != 0 && now_ns() >= deadline.at_ns) {
+    throw PeerError(where + "waited " + std::to_string(deadline.timeout_ms) + " ms" +
+                    (peer >= 0 ? " for " + rank_text(peer) : "") +
+                    ", the timeout of the group; a rank skipped the call, is stuck, or needs a longer timeout");
+  }
+}
+
+void Communicator::abort(const std::string& reason) {
+  for (ControlHeader* head : heads_) {
+    uint32_t none = 0;
+    if (!std::atomic_ref<uint32_t>(head->aborted).compare_exchange_strong(none, 1)) continue;  // the first reason stays
+    std::strncpy(head->reason, reason.c_str(), sizeof head->reason - 1);
+    std::atomic_ref<uint32_t>(head->aborted).store(2, std::memory_order_release);
+  }
+}
+
+void Communicator::leave() {
+  std::atomic_ref<uint32_t>(heads_[static_cast<size_t>(rank())]->left).store(1, std::memory_order_release);
+}
+
+std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline) {
+  auto window = std::make_shared<Window>();
+  guarded([&] {
+    Call call(*this, Op::rendezvous, DType::bytes, ReduceOp::none, bytes, 0, deadline);
+    call.agree(call.next());
+    window->id = next_window_++;
+    window->bytes = bytes;
+    const uint64_t timeout_ms = deadline.at_ns == 0 ? 3'600'000 : deadline.timeout_ms;
+    const auto theirs = mesh_->exchange_fds(fd, reinterpret_cast<uint64_t>(base), timeout_ms);
+    for (int r = 0; r < world(); ++r) {
+      const auto& [their_fd, their_base] = theirs[static_cast<size_t>(r)];
+      window->mapped.push_back(r == rank() ? Segment() : Segment::map(their_fd, bytes));
+      // Ranks that are threads of one process share addresses (and ThreadSanitizer sees them as one memory).
+      const bool same_process = r != rank() && mesh_->pids[static_cast<size_t>(r)] == mesh_->pids[static_cast<size_t>(rank())];
+      window->bases.push_back(r == rank()     ? base
+                              : same_process ? reinterpret_cast<std::byte*>(their_base)
+                                             : window->mapped.back().data());
+    }
+    windows_[base] = window;
+  });
+  return window;
+}
+
+void Communicator::forget(const std::byte* base) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  windows_.erase(base);
+}
+
+Communicator::Call::Call(Communicator& communicator, Op op, DType dtype, ReduceOp reduce_op, uint64_t count,
+                         uint64_t detail, Deadline deadline)
+    : c(communicator), me(communicator.rank()), world(communicator.world()), deadline(deadline), lock(c.mutex_) {
+  header.op = op;
+  header.dtype = dtype;
+  header.reduce_op = reduce_op;
+  header.count = count;
+  header.detail = detail;
+  ++c.calls_;
+  ControlHeader& own = *c.heads_[static_cast<size_t>(me)];
+  if (load_acquire(own.aborted) == 2) throw PeerError(own.reason);
+}
+
+uint32_t Communicator::Call::next() {
+  const uint32_t round = c.heads_[static_cast<size_t>(me)]->epoch + 1;
+  for (int peer = 0; peer < world; ++peer) {
+    if (peer != me && !reached(c.seen_[static_cast<size_t>(peer)], round - 2)) wait(peer, round - 2);
+  }
+  return round;
+}
+
+void Communicator::Call::publish(uint32_t round) {
+  ControlHeader& own = *c.heads_[static_cast<size_t>(me)];
+  stall(me, round);
+  own.epoch = round;
+  notify(own.lines[round % kSlots].epoch, round, own.sleepers);
+}
+
+void Communicator::Call::wait(int peer, uint32_t round) {
+  uint32_t& seen = c.seen_[static_cast<size_t>(peer)];
+  if (!reached(seen, round)) {
+    ControlHeader& head = *c.heads_[static_cast<size_t>(peer)];
+    uint32_t& epoch = head.lines[round % kSlots].epoch;
+    wait_signal(epoch, round, head.sleepers, c.spin_ns(), [&] { c.check_alive(peer, call_text(), deadline); });
+    seen = round;
+  }
+  stall(me, round);
+}
+
+void Communicator::Call::wait_all(uint32_t round) {
+  for (int i = 1; i < world; ++i) wait((me + i) % world, round);
+}
+
+void Communicator::Call::sync() {
+  const uint32_t round = next();
+  publish(round);
+  wait_all(round);
+}
+
+void Communicator::Call::agree(uint32_t round) {
+  Line& own = c.heads_[static_cast<size_t>(me)]->lines[round % kSlots];
+  std::memcpy(reinterpret_cast<char*>(&own) + sizeof own.epoch, reinterpret_cast<char*>(&header) + sizeof own.epoch,
+              sizeof own - sizeof own.epoch);
+  publish(round);
+  wait_all(round);
+  const bool same = all_lines(round, [](const Line& mine, const Line& theirs) {
+    return mine.op == theirs.op && mine.dtype == theirs.dtype && mine.reduce_op == theirs.reduce_op &&
+           mine.count == theirs.count && mine.detail == theirs.detail;
+  });
+  if (same) return;
+  std::string text = "the ranks of group '" + c.name() + "' disagree:";
+  for (int r = 0; r < world; ++r) {
+    text += (r == 0 ? " " : ", ") + c.rank_text(r) + " called " + describe(r, r == me ? header : line(r, round));
+  }
+  throw PeerError(text + "; every rank must make the same calls in the same order, on equal sizes and types");
+}
+
+uint64_t Communicator::Call::window_of(const void* data, size_t bytes) const {
+  const auto* begin = static_cast<const std::byte*>(data);
+  auto after = c.windows_.upper_bound(begin);
+  if (after == c.windows_.begin()) return 0;
+  const auto& [base, window] = *std::prev(after);
+  const auto offset = static_cast<size_t>(begin - base);
+  if (offset + bytes > window->bytes) return 0;
+  return static_cast<uint64_t>(window->id) << 40 | offset;
+}
+
+bool Communicator::Call::all_lines(uint32_t round, bool (*holds)(const Line&, const Line&)) const {
+  for (int r = 0; r < world; ++r) {
+    if (!holds(header, r == me ? header : line(r, round))) return false;
+  }
+  return true;
+}
+
+std::byte* Communicator::Call::at(uint64_t window, int rank) const {
+  const auto id = static_cast<uint32_t>(window >> 40);
+  for (const auto& [base, entry] : c.windows_) {
+    if (entry->id == id) return entry->bases[static_cast<size_t>(rank)] + (window & ((1ull << 40) - 1));
+  }
+  throw PeerError("internal: window " + std::to_string(id) + " is unknown");
+}
+
+std::string Communicator::Call::describe(int rank, const Line& line) const {
+  std::string text = name_of(line.op);
+  if (line.op == Op::barrier) return text;
+  const char* unit = name_of(line.dtype);
+  text += std::string("(") + unit + "[" + std::to_string(line.count) + "]";
+  if (line.reduce_op != ReduceOp::none) text += std::string(", ") + name_of(line.reduce_op);
+  const bool rooted =
+      line.op == Op::broadcast || line.op == Op::reduce || line.op == Op::gather || line.op == Op::scatter;
+  if (rooted) text += ", root " + std::to_string(c.mesh_->group_ranks[static_cast<size_t>(line.detail)]);
+  static_cast<void>(rank);
+  return text + ")";
+}
+
+std::string Communicator::Call::call_text() const {
+  return describe(me, header) + ", call " + std::to_string(c.calls_);
+}
+
+}  // namespace pypar

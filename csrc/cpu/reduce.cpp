@@ -1,0 +1,78 @@
+#include "cpu/reduce.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace pypar {
+
+namespace plain {
+void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+}
+namespace avx512 {
+void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+}
+#endif
+
+namespace {
+
+using Reduce = void (*)(void*, const void* const*, int, int64_t, DType, ReduceOp);
+
+struct Capability {
+  const char* name;
+  Reduce reduce;
+};
+
+Capability choose() {
+  const char* wish = std::getenv("PYPAR_CPU_CAPABILITY");
+  const std::string limit = wish == nullptr ? "avx512" : wish;
+  if (limit != "avx512" && limit != "avx2" && limit != "plain") {
+    throw ArgumentError("PYPAR_CPU_CAPABILITY is '" + limit + "'; it must be avx512, avx2 or plain");
+  }
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (limit == "avx512" && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return {"avx512", avx512::reduce};
+  }
+  if (limit != "plain" && avx2) return {"avx2", avx2::reduce};
+#endif
+  return {"plain", plain::reduce};
+}
+
+const Capability& capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const char* cpu_capability() { return capability().name; }
+
+void check_reduction(DType dtype, ReduceOp op) {
+  const bool is_float = dtype == DType::f16 || dtype == DType::bf16 || dtype == DType::f32 || dtype == DType::f64;
+  const bool bitwise = op == ReduceOp::band || op == ReduceOp::bor || op == ReduceOp::bxor;
+  if (is_float ? bitwise : op == ReduceOp::avg) {
+    throw ArgumentError(std::string("the reduction ") + name_of(op) + " has no meaning for " + name_of(dtype) +
+                        (op == ReduceOp::avg ? "; sum and divide, or cast to a floating type" : ""));
+  }
+}
+
+void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op) {
+  if (count == 0) return;
+  if (num_srcs == 1) {
+    if (dst != srcs[0]) std::memcpy(dst, srcs[0], static_cast<size_t>(count) * item_size(dtype));
+    return;
+  }
+  capability().reduce(dst, srcs, num_srcs, count, dtype, op);
+}
+
+void copy_bytes(void* dst, const void* src, size_t bytes) {
+  if (dst != src && bytes != 0) std::memcpy(dst, src, bytes);
+}
+
+}  // namespace pypar

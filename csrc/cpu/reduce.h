@@ -1,0 +1,20 @@
+// dst[i] = srcs[0][i] op srcs[1][i] op ... , in that order, accumulated in float32 for half types, rounded once.
+#pragma once
+
+#include <cstdint>
+
+#include "comm/types.h"
+
+namespace pypar {
+
+// dst may be one of the srcs (same address); no other overlap. For ReduceOp::avg the sum is multiplied by 1/num_srcs.
+// Throws ArgumentError for a pair that has no meaning (avg of integers, bitwise of floats).
+void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+void check_reduction(DType dtype, ReduceOp op);
+// "avx512", "avx2" or "plain": what this processor runs; PYPAR_CPU_CAPABILITY lowers it.
+const char* cpu_capability();
+
+// memcpy that takes equal addresses and zero bytes.
+void copy_bytes(void* dst, const void* src, size_t bytes);
+
+}  // namespace pypar

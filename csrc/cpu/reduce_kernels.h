@@ -1,0 +1,230 @@
+// The kernels behind reduce_rows, compiled once per instruction set: the including file sets the target and
+// PYPAR_TARGET, a namespace. Only plain loops here: an inline function of the standard library, compiled for AVX-512,
+// could be the copy that the linker keeps for everybody.
+
+namespace pypar::PYPAR_TARGET {
+
+namespace {
+
+constexpr int64_t kBlock = 1024;  // float32 accumulators of 4 KiB stay in L1
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float widen(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+
+inline Bf16 narrow_bf16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
+}
+
+#ifdef PYPAR_F16C
+inline float widen(F16 x) { return _cvtsh_ss(x.bits); }
+inline F16 narrow_f16(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
+#else
+// Exponent re-biasing through float arithmetic: exact for normal and subnormal numbers, infinities and NaN.
+inline float widen(F16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const float scaled = __builtin_bit_cast(float, magnitude) * __builtin_bit_cast(float, 0x77800000u);  // 2^112
+  uint32_t bits = __builtin_bit_cast(uint32_t, scaled);
+  if ((x.bits & 0x7c00u) == 0x7c00u) bits = 0x7f800000u | magnitude;
+  return __builtin_bit_cast(float, bits | sign);
+}
+inline F16 narrow_f16(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal half: let the adder of float32 round at the right bit
+    const float rounded = __builtin_bit_cast(float, magnitude) + 0.5f;
+    half = __builtin_bit_cast(uint32_t, rounded) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(half | sign)};
+}
+#endif
+
+inline void load_block(float* acc, const float* src, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) acc[i] = src[i];
+}
+inline void load_block(float* acc, const Bf16* src, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) acc[i] = widen(src[i]);
+}
+inline void load_block(float* acc, const F16* src, int64_t n) {
+  int64_t i = 0;
+#ifdef PYPAR_F16C
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(acc + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+#endif
+  for (; i < n; ++i) acc[i] = widen(src[i]);
+}
+inline void store_block(float* dst, const float* acc, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) dst[i] = acc[i];
+}
+inline void store_block(Bf16* dst, const float* acc, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) dst[i] = narrow_bf16(acc[i]);
+}
+inline void store_block(F16* dst, const float* acc, int64_t n) {
+  int64_t i = 0;
+#ifdef PYPAR_F16C
+  for (; i + 8 <= n; i += 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(acc + i), 0));
+  }
+#endif
+  for (; i < n; ++i) dst[i] = narrow_f16(acc[i]);
+}
+
+struct Sum {
+  template <typename T>
+  static T apply(T a, T b) { return static_cast<T>(a + b); }
+};
+struct Product {
+  template <typename T>
+  static T apply(T a, T b) { return static_cast<T>(a * b); }
+};
+// A NaN on any rank is a NaN on all.
+struct Min {
+  template <typename T>
+  static T apply(T a, T b) { return (b < a) | (b != b) ? b : a; }
+};
+struct Max {
+  template <typename T>
+  static T apply(T a, T b) { return (b > a) | (b != b) ? b : a; }
+};
+struct And {
+  template <typename T>
+  static T apply(T a, T b) { return static_cast<T>(a & b); }
+};
+struct Or {
+  template <typename T>
+  static T apply(T a, T b) { return static_cast<T>(a | b); }
+};
+struct Xor {
+  template <typename T>
+  static T apply(T a, T b) { return static_cast<T>(a ^ b); }
+};
+
+// Types that are their own accumulator. kScale is a compile-time flag: a factor of 1.0 would cost a multiply.
+template <typename F, bool kScale, typename T>
+void reduce_direct(void* out, const void* const* srcs, int num_srcs, int64_t count, T scale) {
+  T* dst = static_cast<T*>(out);
+  const T* a = static_cast<const T*>(srcs[0]);
+  const T* b = static_cast<const T*>(srcs[1]);
+  if (num_srcs == 2) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) {
+      const T x = F::apply(a[i], b[i]);
+      dst[i] = kScale ? static_cast<T>(x * scale) : x;
+    }
+    return;
+  }
+  T acc[kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t n = count - begin < kBlock ? count - begin : kBlock;
+    for (int64_t i = 0; i < n; ++i) acc[i] = F::apply(a[begin + i], b[begin + i]);
+    for (int s = 2; s < num_srcs; ++s) {
+      const T* src = static_cast<const T*>(srcs[s]) + begin;
+      for (int64_t i = 0; i < n; ++i) acc[i] = F::apply(acc[i], src[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) dst[begin + i] = kScale ? static_cast<T>(acc[i] * scale) : acc[i];
+  }
+}
+
+// Half types: float32 accumulators, one rounding.
+template <typename F, bool kScale, typename T>
+void reduce_widened(void* out, const void* const* srcs, int num_srcs, int64_t count, float scale) {
+  float acc[kBlock];
+  float wide[kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t n = count - begin < kBlock ? count - begin : kBlock;
+    load_block(acc, static_cast<const T*>(srcs[0]) + begin, n);
+    for (int s = 1; s < num_srcs; ++s) {
+      load_block(wide, static_cast<const T*>(srcs[s]) + begin, n);
+      for (int64_t i = 0; i < n; ++i) acc[i] = F::apply(acc[i], wide[i]);
+    }
+    if (kScale) {
+      for (int64_t i = 0; i < n; ++i) acc[i] *= scale;
+    }
+    store_block(static_cast<T*>(out) + begin, acc, n);
+  }
+}
+
+template <typename T>
+void reduce_float(void* out, const void* const* srcs, int num_srcs, int64_t count, ReduceOp op) {
+  const T scale = static_cast<T>(1) / static_cast<T>(num_srcs);
+  switch (op) {
+    case ReduceOp::avg: return reduce_direct<Sum, true, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::product: return reduce_direct<Product, false, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::min: return reduce_direct<Min, false, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::max: return reduce_direct<Max, false, T>(out, srcs, num_srcs, count, scale);
+    default: return reduce_direct<Sum, false, T>(out, srcs, num_srcs, count, scale);
+  }
+}
+
+template <typename T>
+void reduce_half(void* out, const void* const* srcs, int num_srcs, int64_t count, ReduceOp op) {
+  const float scale = 1.0f / static_cast<float>(num_srcs);
+  switch (op) {
+    case ReduceOp::avg: return reduce_widened<Sum, true, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::product: return reduce_widened<Product, false, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::min: return reduce_widened<Min, false, T>(out, srcs, num_srcs, count, scale);
+    case ReduceOp::max: return reduce_widened<Max, false, T>(out, srcs, num_srcs, count, scale);
+    default: return reduce_widened<Sum, false, T>(out, srcs, num_srcs, count, scale);
+  }
+}
+
+template <typename T>
+void reduce_integer(void* out, const void* const* srcs, int num_srcs, int64_t count, ReduceOp op) {
+  switch (op) {
+    case ReduceOp::product: return reduce_direct<Product, false, T>(out, srcs, num_srcs, count, 1);
+    case ReduceOp::min: return reduce_direct<Min, false, T>(out, srcs, num_srcs, count, 1);
+    case ReduceOp::max: return reduce_direct<Max, false, T>(out, srcs, num_srcs, count, 1);
+    case ReduceOp::band: return reduce_direct<And, false, T>(out, srcs, num_srcs, count, 1);
+    case ReduceOp::bor: return reduce_direct<Or, false, T>(out, srcs, num_srcs, count, 1);
+    case ReduceOp::bxor: return reduce_direct<Xor, false, T>(out, srcs, num_srcs, count, 1);
+    default: return reduce_direct<Sum, false, T>(out, srcs, num_srcs, count, 1);
+  }
+}
+
+}  // namespace
+
+void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op) {
+  switch (dtype) {
+    case DType::f32: return reduce_float<float>(out, srcs, num_srcs, count, op);
+    case DType::f64: return reduce_float<double>(out, srcs, num_srcs, count, op);
+    case DType::bf16: return reduce_half<Bf16>(out, srcs, num_srcs, count, op);
+    case DType::f16: return reduce_half<F16>(out, srcs, num_srcs, count, op);
+    // Unsigned, so that overflow wraps without undefined behaviour; order matters to min and max only.
+    case DType::i8: return reduce_integer<int8_t>(out, srcs, num_srcs, count, op);
+    case DType::i16: return reduce_integer<int16_t>(out, srcs, num_srcs, count, op);
+    case DType::i32:
+      if (op == ReduceOp::min || op == ReduceOp::max) return reduce_integer<int32_t>(out, srcs, num_srcs, count, op);
+      return reduce_integer<uint32_t>(out, srcs, num_srcs, count, op);
+    case DType::i64:
+      if (op == ReduceOp::min || op == ReduceOp::max) return reduce_integer<int64_t>(out, srcs, num_srcs, count, op);
+      return reduce_integer<uint64_t>(out, srcs, num_srcs, count, op);
+    case DType::boolean:  // 0 or 1: sum is "or", product is "and"
+      if (op == ReduceOp::sum || op == ReduceOp::max) op = ReduceOp::bor;
+      if (op == ReduceOp::product || op == ReduceOp::min) op = ReduceOp::band;
+      return reduce_integer<uint8_t>(out, srcs, num_srcs, count, op);
+    default: return reduce_integer<uint8_t>(out, srcs, num_srcs, count, op);
+  }
+}
+
+}  // namespace pypar::PYPAR_TARGET
