@@ -108,6 +108,8 @@ void Communicator::abort(const std::string& reason) {
   }
 }
 
+bool Communicator::aborted() const { return load_acquire(heads_[static_cast<size_t>(rank())]->aborted) == 2; }
+
 void Communicator::leave() {
   std::atomic_ref<uint32_t>(heads_[static_cast<size_t>(rank())]->left).store(1, std::memory_order_release);
 }

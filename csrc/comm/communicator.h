@@ -120,6 +120,7 @@ class Communicator {
   std::string rank_text(int rank) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
   void abort(const std::string& reason);
+  bool aborted() const;
   // This rank will call no more.
   void leave();
   // How long a wait spins before it sleeps: 0 when the ranks of this host outnumber its cores.
