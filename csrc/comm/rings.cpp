@@ -351,9 +351,8 @@ void Rings::finish(const std::shared_ptr<RingOp>& op, std::exception_ptr error, 
 // Tells the owners, outside the lock: a callback may post again.
 void Rings::report(const Ops& finished) {
   for (const auto& op : finished) {
-    op->keep.reset();
+    if (op->on_done) std::exchange(op->on_done, nullptr)(op->error);
     op->state.store(op->error ? RingOp::failed : RingOp::done, std::memory_order_seq_cst);
-    if (op->on_done) std::exchange(op->on_done, nullptr)();
   }
   if (!finished.empty()) ring_bell(me_, false);  // another thread of this rank may sleep until one of these is done
 }

@@ -39,8 +39,7 @@ struct RingOp {
   size_t bytes = 0;
   DType dtype = DType::bytes;
   Deadline deadline;
-  std::shared_ptr<void> keep;     // owns data
-  std::function<void()> on_done;  // called once by whoever completes it, without locks
+  std::function<void(std::exception_ptr)> on_done;  // called once by whoever completes it, without locks; owns data
 
   enum State : uint32_t { pending, done, failed };
   std::atomic<uint32_t> state{pending};
