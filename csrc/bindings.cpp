@@ -5,7 +5,6 @@
 
 #include "comm/errors.h"
 #include "comm/process_group.h"
-#include "comm/registry.h"
 #include "cpu/reduce.h"
 
 namespace py = pybind11;
@@ -69,12 +68,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     auto kept = std::make_shared<py::object>(std::move(factory));
     pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });
   });
-  m.def(
-      "group_hosts",
-      [](const std::string& name) {
-        return pypar::with_python_errors([&] { return pypar::process_group_of(name).hosts(); });
-      },
-      py::arg("group_name"));
   m.def("build_info", &build_info);
   m.def("cpu_capability", &pypar::cpu_capability);
 }

@@ -1,6 +1,7 @@
 """pypar: train large language models on many ranks."""
 
+from pypar import ops
 from pypar.mesh import init
 
 __version__ = "0.1.0"
-__all__ = ["init"]
+__all__ = ["init", "ops"]

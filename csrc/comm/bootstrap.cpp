@@ -30,7 +30,9 @@ struct Packet {
   uint64_t value = 0;
 };
 
-std::string errno_text() { return std::strerror(errno); }
+std::string errno_text() {
+  return std::strerror(errno);
+}
 
 std::string random_hex() {
   uint64_t words[2];
@@ -148,8 +150,7 @@ PeerIdentity identify(int socket, const std::string& whom) {
     throw PeerError(whom + " runs as user " + std::to_string(credentials.uid) + ", this rank as " +
                     std::to_string(geteuid()) + "; start all ranks as one user");
   }
-  const int pidfd =
-      credentials.pid > 0 ? static_cast<int>(syscall(SYS_pidfd_open, credentials.pid, 0)) : -1;
+  const int pidfd = credentials.pid > 0 ? static_cast<int>(syscall(SYS_pidfd_open, credentials.pid, 0)) : -1;
   return {credentials.pid, pidfd};
 }
 
@@ -176,7 +177,9 @@ std::vector<std::vector<int>> partition(const std::vector<std::string>& reach) {
 std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world, KeyValue store,
                                     const std::function<size_t(int)>& segment_bytes, uint64_t timeout_ms) {
   const uint64_t until = now_ns() + timeout_ms * 1'000'000;
-  auto whom = [&](int r) { return "rank " + std::to_string(r) + " of group '" + name + "'"; };
+  auto whom = [&](int r) {
+    return "rank " + std::to_string(r) + " of group '" + name + "'";
+  };
   const std::string prefix = "pypar/mesh/";
 
   const std::string socket_name = "pypar." + random_hex();
@@ -248,7 +251,8 @@ std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world
     if (s < 0) throw PeerError("accept failed: " + errno_text());
     const auto [hello, fd] = receive_packet(s, until, "a lower rank of group '" + name + "'");
     const int caller = static_cast<int>(hello.rank);
-    if (caller < 0 || caller >= rank || fd < 0) throw PeerError("a stranger called on the socket of group '" + name + "'");
+    if (caller < 0 || caller >= rank || fd < 0)
+      throw PeerError("a stranger called on the socket of group '" + name + "'");
     Segment probe = Segment::map(fd, kProbeBytes);
     if (std::memcmp(probe.data(), &hello.value, sizeof hello.value) != 0) {
       throw PeerError(whom(caller) + " handed over memory that doesn't hold its token");
@@ -367,8 +371,8 @@ std::vector<std::pair<int, uint64_t>> Mesh::exchange_fds(int fd, uint64_t value,
       theirs.emplace_back(-1, value);
       continue;
     }
-    const auto [got, their_fd] =
-        receive_packet(sockets[static_cast<size_t>(r)], until, "rank " + std::to_string(r) + " of group '" + name + "'");
+    const auto [got, their_fd] = receive_packet(sockets[static_cast<size_t>(r)], until,
+                                                "rank " + std::to_string(r) + " of group '" + name + "'");
     theirs.emplace_back(their_fd, got.value);
   }
   return theirs;

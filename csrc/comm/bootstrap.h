@@ -41,15 +41,15 @@ class Segment {
 // The fully connected ranks of one group on one host.
 struct Mesh {
   std::string name;
-  int rank = 0;   // among the ranks of this mesh
+  int rank = 0;  // among the ranks of this mesh
   int world = 1;
-  std::vector<int> group_ranks;      // rank of the mesh -> rank of the group
+  std::vector<int> group_ranks;                    // rank of the mesh -> rank of the group
   std::vector<std::shared_ptr<Segment>> segments;  // by rank, own one included; shared when the ranks are threads
-  std::vector<std::byte*> bases;     // by rank
-  std::vector<int> sockets;          // SOCK_SEQPACKET to each peer, -1 at own rank
-  std::vector<int> pidfds;           // -1 where the kernel can't say
+  std::vector<std::byte*> bases;                   // by rank
+  std::vector<int> sockets;                        // SOCK_SEQPACKET to each peer, -1 at own rank
+  std::vector<int> pidfds;                         // -1 where the kernel can't say
   std::vector<int> pids;
-  int num_cores = 1;                 // that the ranks of this mesh may use together
+  int num_cores = 1;  // that the ranks of this mesh may use together
   // All ranks of the group, host by host: which ranks share memory. The same on every rank.
   std::vector<std::vector<int>> hosts;
 

@@ -88,6 +88,8 @@ struct Communicator::Call {
   std::unique_lock<std::mutex> lock;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace pypar

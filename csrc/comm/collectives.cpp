@@ -38,8 +38,12 @@ uint64_t hash_sizes(const int64_t* sizes, int num) {
   return hash;
 }
 
-std::byte* offset(void* data, int64_t bytes) { return static_cast<std::byte*>(data) + bytes; }
-const std::byte* offset(const void* data, int64_t bytes) { return static_cast<const std::byte*>(data) + bytes; }
+std::byte* offset(void* data, int64_t bytes) {
+  return static_cast<std::byte*>(data) + bytes;
+}
+const std::byte* offset(const void* data, int64_t bytes) {
+  return static_cast<const std::byte*>(data) + bytes;
+}
 
 }  // namespace
 
@@ -64,7 +68,8 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
       std::memcpy(call.header.payload, in, static_cast<size_t>(bytes));
       const uint32_t round = call.next();
       call.agree(round);
-      for (int r = 0; r < world; ++r) srcs[static_cast<size_t>(r)] = r == me ? call.header.payload : call.line(r, round).payload;
+      for (int r = 0; r < world; ++r)
+        srcs[static_cast<size_t>(r)] = r == me ? call.header.payload : call.line(r, round).payload;
       return reduce_rows(out, srcs.data(), world, count, dtype, op);
     }
     auto in_place = [&](uint64_t window) {
@@ -85,7 +90,9 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
     const uint64_t window = in == out ? call.window_of(in, static_cast<size_t>(bytes)) : 0;
     if (world == 2 || bytes <= kOneShotBytes) {
       const int64_t chunk = static_cast<int64_t>(slot_bytes_) / item;
-      auto items = [&](int64_t c) { return std::min(chunk, count - c * chunk); };
+      auto items = [&](int64_t c) {
+        return std::min(chunk, count - c * chunk);
+      };
       return call.run(
           ceil_div(count, chunk), window,
           [&](int64_t c, std::byte* slot) {
@@ -103,7 +110,9 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
     const int64_t per = static_cast<int64_t>(slot_bytes_) / (world + 1) / kCacheLineBytes * kCacheLineBytes / item;
     const int64_t chunk = per * world;
     const int64_t num_chunks = ceil_div(count, chunk);
-    auto items = [&](int64_t c) { return std::min(chunk, count - c * chunk); };
+    auto items = [&](int64_t c) {
+      return std::min(chunk, count - c * chunk);
+    };
     auto stage_inputs = [&](int64_t c, std::byte* slot) {
       if (c >= num_chunks) return;
       for (int d = 0; d < world; ++d) {
@@ -165,7 +174,8 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
   if (world() == 1) return copy_bytes(out, ins[0], static_cast<size_t>(own * item));
   guarded([&] {
     const int64_t total = std::accumulate(counts, counts + world(), int64_t{0});
-    Call call(*this, Op::reduce_scatter, dtype, op, static_cast<uint64_t>(total), hash_sizes(counts, world()), deadline);
+    Call call(*this, Op::reduce_scatter, dtype, op, static_cast<uint64_t>(total), hash_sizes(counts, world()),
+              deadline);
     const int me = call.me, world = call.world;
     Sources srcs;
     bool contiguous = true;
@@ -177,8 +187,12 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
     const uint64_t window = contiguous ? call.window_of(ins[0], static_cast<size_t>(total * item)) : 0;
     const int64_t per = static_cast<int64_t>(slot_bytes_) / (world - 1) / kCacheLineBytes * kCacheLineBytes / item;
     const int64_t largest = *std::max_element(counts, counts + world);
-    auto items = [&](int64_t c, int d) { return std::clamp<int64_t>(counts[d] - c * per, 0, per); };
-    auto place = [](int dst, int src) { return dst < src ? dst : dst - 1; };
+    auto items = [&](int64_t c, int d) {
+      return std::clamp<int64_t>(counts[d] - c * per, 0, per);
+    };
+    auto place = [](int dst, int src) {
+      return dst < src ? dst : dst - 1;
+    };
     call.run(
         ceil_div(largest, per), window,
         [&](int64_t c, std::byte* slot) {
@@ -219,7 +233,9 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
     const uint64_t window = contiguous ? call.window_of(outs[0], static_cast<size_t>(total)) : 0;
     const auto chunk = static_cast<int64_t>(slot_bytes_);
     const int64_t largest = *std::max_element(bytes, bytes + world);
-    auto part = [&](int64_t c, int r) { return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk)); };
+    auto part = [&](int64_t c, int r) {
+      return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk));
+    };
     call.run(
         std::max<int64_t>(1, ceil_div(largest, chunk)), window,
         [&](int64_t c, std::byte* slot) {
@@ -244,8 +260,8 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
                               const int64_t* recv_bytes, Deadline deadline, DType dtype) {
   if (world() == 1) {
     if (send_bytes[0] != recv_bytes[0]) {
-      throw ArgumentError("all_to_all in a world of one sends " + std::to_string(send_bytes[0]) + " bytes to itself but expects " +
-                          std::to_string(recv_bytes[0]));
+      throw ArgumentError("all_to_all in a world of one sends " + std::to_string(send_bytes[0]) +
+                          " bytes to itself but expects " + std::to_string(recv_bytes[0]));
     }
     return copy_bytes(outs[0], ins[0], static_cast<size_t>(send_bytes[0]));
   }
@@ -256,8 +272,12 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
     const size_t table = 2 * static_cast<size_t>(world) * sizeof(int64_t);
     const int64_t data_at = ceil_div(static_cast<int64_t>(table), kCacheLineBytes) * kCacheLineBytes;
     const int64_t per = (static_cast<int64_t>(slot_bytes_) - data_at) / (world - 1) / kCacheLineBytes * kCacheLineBytes;
-    auto place = [](int dst, int src) { return dst < src ? dst : dst - 1; };
-    auto part = [&](int64_t bytes, int64_t c) { return static_cast<size_t>(std::clamp<int64_t>(bytes - c * per, 0, per)); };
+    auto place = [](int dst, int src) {
+      return dst < src ? dst : dst - 1;
+    };
+    auto part = [&](int64_t bytes, int64_t c) {
+      return static_cast<size_t>(std::clamp<int64_t>(bytes - c * per, 0, per));
+    };
     auto stage = [&](int64_t c, std::byte* slot) {
       for (int d = 0; d < world; ++d) {
         if (d == me || part(send_bytes[d], c) == 0) continue;
@@ -282,8 +302,9 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
         if (sent != expected) {
           const auto item = static_cast<int64_t>(item_size(dtype));
           throw PeerError("the ranks of group '" + name() + "' disagree in all_to_all: " + rank_text(s) + " sends " +
-                          std::to_string(sent / item) + " " + name_of(dtype) + " to " + rank_text(d) + ", which expects " +
-                          std::to_string(expected / item) + "; make output_split_sizes match input_split_sizes");
+                          std::to_string(sent / item) + " " + name_of(dtype) + " to " + rank_text(d) +
+                          ", which expects " + std::to_string(expected / item) +
+                          "; make output_split_sizes match input_split_sizes");
         }
         if (s != d) largest = std::max(largest, sent);
       }
@@ -293,7 +314,8 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
       for (int k = 1; k < world; ++k) {
         const int s = (me + k) % world;
         if (part(recv_bytes[s], c) == 0) continue;
-        copy_bytes(offset(outs[s], c * per), call.slot(s, round) + data_at + place(me, s) * per, part(recv_bytes[s], c));
+        copy_bytes(offset(outs[s], c * per), call.slot(s, round) + data_at + place(me, s) * per,
+                   part(recv_bytes[s], c));
       }
     });
   });
@@ -313,7 +335,9 @@ void Communicator::broadcast(void* data, int64_t bytes, int root, Deadline deadl
       return;
     }
     const auto chunk = static_cast<int64_t>(slot_bytes_);
-    auto part = [&](int64_t c) { return static_cast<size_t>(std::min(chunk, bytes - c * chunk)); };
+    auto part = [&](int64_t c) {
+      return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
+    };
     call.run(
         ceil_div(bytes, chunk), call.window_of(data, static_cast<size_t>(bytes)),
         [&](int64_t c, std::byte* slot) {
@@ -338,7 +362,9 @@ void Communicator::reduce(const void* in, void* out, int64_t count, DType dtype,
     const int me = call.me;
     Sources srcs;
     const int64_t chunk = static_cast<int64_t>(slot_bytes_) / item;
-    auto items = [&](int64_t c) { return std::min(chunk, count - c * chunk); };
+    auto items = [&](int64_t c) {
+      return std::min(chunk, count - c * chunk);
+    };
     call.run(
         ceil_div(count, chunk), 0,
         [&](int64_t c, std::byte* slot) {
@@ -362,7 +388,9 @@ void Communicator::gather(const void* in, int64_t bytes, void* const* outs, int 
               static_cast<uint64_t>(root), deadline);
     const int me = call.me;
     const auto chunk = static_cast<int64_t>(slot_bytes_);
-    auto part = [&](int64_t c) { return static_cast<size_t>(std::min(chunk, bytes - c * chunk)); };
+    auto part = [&](int64_t c) {
+      return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
+    };
     call.run(
         ceil_div(bytes, chunk), 0,
         [&](int64_t c, std::byte* slot) {
@@ -385,8 +413,12 @@ void Communicator::scatter(const void* const* ins, int64_t bytes, void* out, int
               static_cast<uint64_t>(root), deadline);
     const int me = call.me;
     const int64_t per = static_cast<int64_t>(slot_bytes_) / (call.world - 1) / kCacheLineBytes * kCacheLineBytes;
-    auto place = [&](int dst) { return dst < root ? dst : dst - 1; };
-    auto part = [&](int64_t c) { return static_cast<size_t>(std::min(per, bytes - c * per)); };
+    auto place = [&](int dst) {
+      return dst < root ? dst : dst - 1;
+    };
+    auto part = [&](int64_t c) {
+      return static_cast<size_t>(std::min(per, bytes - c * per));
+    };
     call.run(
         ceil_div(bytes, per), 0,
         [&](int64_t c, std::byte* slot) {
@@ -396,8 +428,8 @@ void Communicator::scatter(const void* const* ins, int64_t bytes, void* out, int
           }
         },
         [&](int64_t c, uint32_t round) {
-          copy_bytes(offset(out, c * per), me == root ? offset(ins[me], c * per) : call.slot(root, round) + place(me) * per,
-                     part(c));
+          copy_bytes(offset(out, c * per),
+                     me == root ? offset(ins[me], c * per) : call.slot(root, round) + place(me) * per, part(c));
         },
         [](uint64_t) {});
   });

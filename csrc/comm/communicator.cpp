@@ -29,7 +29,9 @@ void stall(int rank, uint32_t round) {
   if (auto* hook = stall_hook.load(std::memory_order_relaxed)) hook(rank, round);
 }
 
-size_t ring_region(int world) { return static_cast<size_t>(world) * (kRingHeaderBytes + kRingDataBytes); }
+size_t ring_region(int world) {
+  return static_cast<size_t>(world) * (kRingHeaderBytes + kRingDataBytes);
+}
 
 }  // namespace
 
@@ -39,7 +41,9 @@ Deadline Deadline::after(std::chrono::milliseconds timeout) {
   return {now_ns() + ms * 1'000'000, ms};
 }
 
-size_t Communicator::segment_bytes(int world) { return kPageBytes + pypar::ring_region(world) + kSlots * kSlotBytes; }
+size_t Communicator::segment_bytes(int world) {
+  return kPageBytes + pypar::ring_region(world) + kSlots * kSlotBytes;
+}
 
 Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) {
   if (world() > kMaxWorld) {
@@ -64,19 +68,29 @@ Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) 
   std::atomic_ref<uint64_t>(own.magic).store(kMagic, std::memory_order_release);
 }
 
-Communicator::~Communicator() { leave(); }
+Communicator::~Communicator() {
+  leave();
+}
 
 std::string Communicator::rank_text(int rank) const {
   return "rank " + std::to_string(mesh_->group_ranks[static_cast<size_t>(rank)]);
 }
 
-std::byte* Communicator::ring_region(int rank) const { return mesh_->bases[static_cast<size_t>(rank)] + kPageBytes; }
+std::byte* Communicator::ring_region(int rank) const {
+  return mesh_->bases[static_cast<size_t>(rank)] + kPageBytes;
+}
 
-uint64_t Communicator::spin_ns() const { return background_thread ? std::min(spin_ns_, kBackgroundSpinNs) : spin_ns_; }
+uint64_t Communicator::spin_ns() const {
+  return background_thread ? std::min(spin_ns_, kBackgroundSpinNs) : spin_ns_;
+}
 
-void Communicator::set_background_thread(bool background) { background_thread = background; }
+void Communicator::set_background_thread(bool background) {
+  background_thread = background;
+}
 
-void Communicator::set_stall(void (*stall)(int, uint32_t)) { stall_hook = stall; }
+void Communicator::set_stall(void (*stall)(int, uint32_t)) {
+  stall_hook = stall;
+}
 
 void Communicator::check_alive(int peer, const std::string& what, Deadline deadline) const {
   ControlHeader& own = *heads_[static_cast<size_t>(rank())];
@@ -110,6 +124,16 @@ void Communicator::abort(const std::string& reason) {
 
 bool Communicator::aborted() const { return load_acquire(heads_[static_cast<size_t>(rank())]->aborted) == 2; }
 
+void Communicator::set_flush(std::function<void()> flush) {
+  std::lock_guard<std::mutex> lock(flush_mutex_);
+  flush_ = std::move(flush);
+}
+
+void Communicator::flush() {
+  std::lock_guard<std::mutex> lock(flush_mutex_);
+  if (flush_) flush_();
+}
+
 void Communicator::leave() {
   std::atomic_ref<uint32_t>(heads_[static_cast<size_t>(rank())]->left).store(1, std::memory_order_release);
 }
@@ -127,8 +151,9 @@ std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t
       const auto& [their_fd, their_base] = theirs[static_cast<size_t>(r)];
       window->mapped.push_back(r == rank() ? Segment() : Segment::map(their_fd, bytes));
       // Ranks that are threads of one process share addresses (and ThreadSanitizer sees them as one memory).
-      const bool same_process = r != rank() && mesh_->pids[static_cast<size_t>(r)] == mesh_->pids[static_cast<size_t>(rank())];
-      window->bases.push_back(r == rank()     ? base
+      const bool same_process =
+          r != rank() && mesh_->pids[static_cast<size_t>(r)] == mesh_->pids[static_cast<size_t>(rank())];
+      window->bases.push_back(r == rank()    ? base
                               : same_process ? reinterpret_cast<std::byte*>(their_base)
                                              : window->mapped.back().data());
     }

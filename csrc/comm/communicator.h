@@ -8,8 +8,10 @@
 // mismatch is seen by all ranks in the same round, and which algorithm runs is a pure function of the headers.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -31,10 +33,10 @@ struct alignas(64) Line {
   Op op;
   DType dtype;
   ReduceOp reduce_op;
-  uint8_t staged;     // the slot of this round holds data
-  uint64_t count;     // elements
-  uint64_t detail;    // root, or a hash of the split sizes
-  uint64_t window;      // symmetric: id << 40 | offset in bytes; 0: an ordinary tensor
+  uint8_t staged;   // the slot of this round holds data
+  uint64_t count;   // elements
+  uint64_t detail;  // root, or a hash of the split sizes
+  uint64_t window;  // symmetric: id << 40 | offset in bytes; 0: an ordinary tensor
   uint8_t payload[kInlineBytes];
 };
 static_assert(sizeof(Line) == 64);
@@ -128,6 +130,16 @@ class Communicator {
   // The calling thread runs beside the main computation: it must not spin.
   static void set_background_thread(bool background);
   uint64_t calls() const { return calls_; }
+  // Runs what a queue in front of this communicator still holds, so that a direct call comes after the calls that were
+  // issued before it, on every rank alike. `flush` may be null.
+  void set_flush(std::function<void()> flush);
+  void flush();
+  // Of calls that name no timeout of their own.
+  Deadline default_deadline() const { return Deadline::after(std::chrono::milliseconds(timeout_ms_.load())); }
+  void set_timeout(std::chrono::milliseconds timeout) { timeout_ms_ = timeout.count(); }
+  // Does this mesh hold all ranks of the group? Otherwise other hosts take part and this is only one host's share.
+  bool whole_group() const { return mesh_->hosts.size() == 1; }
+  const Mesh& mesh() const { return *mesh_; }
 
   // Test seam: called before each publish and each consume with a seeded stall. Null outside tests.
   static void set_stall(void (*stall)(int rank, uint32_t round));
@@ -152,10 +164,13 @@ class Communicator {
   size_t ring_bytes_ = 0;
   uint64_t spin_ns_ = 0;
   uint64_t calls_ = 0;
+  std::atomic<int64_t> timeout_ms_{1'800'000};
   uint32_t next_window_ = 1;
   std::vector<uint32_t> seen_;  // the newest round known of each peer
   std::map<const std::byte*, std::shared_ptr<Window>> windows_;
   std::mutex mutex_;
+  std::mutex flush_mutex_;
+  std::function<void()> flush_;
 };
 
 }  // namespace pypar

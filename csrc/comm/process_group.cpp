@@ -10,25 +10,11 @@
 
 namespace pypar {
 
-namespace {
-
-KeyValue key_value(const c10::intrusive_ptr<c10d::Store>& store) {
-  return {[store](const std::string& key, const std::string& value) {
-            store->set(key, std::vector<uint8_t>(value.begin(), value.end()));
-          },
-          [store](const std::string& key) {
-            const auto value = store->get(key);
-            return std::string(value.begin(), value.end());
-          }};
-}
-
-}  // namespace
-
 ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int size,
                            c10::intrusive_ptr<Options> options)
     : c10d::Backend(rank, size), store_(std::move(store)), options_(std::move(options)) {
   with_python_errors([&] {
-    auto mesh = Mesh::connect(options_->group_name, rank, size, key_value(store_), &Communicator::segment_bytes,
+    auto mesh = Mesh::connect(options_->group_name, rank, size, key_value_of(store_), &Communicator::segment_bytes,
                               static_cast<uint64_t>(options_->timeout.count()));
     partition_ = mesh->hosts;
     communicator_ = std::make_shared<Communicator>(std::move(mesh));
@@ -37,6 +23,8 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
       hosts_ = std::make_unique<Hosts>(*communicator_, partition_, store_, rank, size, options_->timeout);
     }
   });
+  communicator_->set_timeout(options_->timeout);
+  communicator_->set_flush([this] { queue_.drain(); });
   setGroupUid(options_->group_name);
   init();
 }
@@ -44,7 +32,7 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
 ProcessGroup::~ProcessGroup() {
   std::optional<pybind11::gil_scoped_release> no_gil;  // the worker may be in a callback that wants it
   if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
-  unregister_group(registered_name_, this);
+  communicator_->set_flush(nullptr);
   if (!closed_ && !queue_.try_enter()) {
     communicator_->abort(communicator_->rank_text(communicator_->rank()) + " of group '" + options_->group_name +
                          "' dropped the group while its calls were pending; did it raise an exception?");
@@ -55,9 +43,8 @@ ProcessGroup::~ProcessGroup() {
 void ProcessGroup::setGroupUid(const std::string& name) {
   c10d::Backend::setGroupUid(name);
   if (name == registered_name_) return;
-  unregister_group(registered_name_, this);
   registered_name_ = name;
-  register_group(name, this);
+  register_communicator(name, communicator_);
 }
 
 c10::intrusive_ptr<c10d::Backend> ProcessGroup::split(const c10::intrusive_ptr<c10d::Store>& store,
@@ -90,7 +77,6 @@ void ProcessGroup::shutdown() {
   queue_.close(why);
   rings_->fail_all(why);
   communicator_->leave();
-  unregister_group(registered_name_, this);
 }
 
 Deadline ProcessGroup::deadline(Milliseconds timeout) const {

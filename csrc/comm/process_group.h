@@ -37,7 +37,10 @@ class ProcessGroup : public c10d::Backend {
 
   const std::string getBackendName() const override { return kBackendName; }
   c10::intrusive_ptr<c10d::Backend::Options> getBackendOptions() override { return options_; }
-  void setTimeout(Milliseconds timeout) override { options_->timeout = timeout; }
+  void setTimeout(Milliseconds timeout) override {
+    options_->timeout = timeout;
+    communicator_->set_timeout(timeout);
+  }
   void setGroupUid(const std::string& name) override;
   bool supportsSplitting() const override { return true; }
   c10::intrusive_ptr<c10d::Backend> split(const c10::intrusive_ptr<c10d::Store>& store, const std::vector<int>& ranks,

@@ -12,7 +12,17 @@ namespace pypar {
 enum class DType : uint8_t { u8, i8, i16, i32, i64, f16, bf16, f32, f64, boolean, bytes };
 enum class ReduceOp : uint8_t { sum, avg, product, min, max, band, bor, bxor, none };
 enum class Op : uint8_t {
-  none, barrier, all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, reduce, gather, scatter, rendezvous,
+  none,
+  barrier,
+  all_reduce,
+  reduce_scatter,
+  all_gather,
+  all_to_all,
+  broadcast,
+  reduce,
+  gather,
+  scatter,
+  rendezvous,
 };
 
 size_t item_size(DType dtype);

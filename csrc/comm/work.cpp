@@ -128,6 +128,7 @@ void WorkQueue::push(c10::intrusive_ptr<QueuedWork> work) {
 void WorkQueue::run_front(std::unique_lock<std::mutex>& lock) {
   auto work = std::move(queue_.front());
   queue_.pop_front();
+  work->started_ = true;
   busy_ = true;
   lock.unlock();
   std::exception_ptr error;
@@ -139,11 +140,14 @@ void WorkQueue::run_front(std::unique_lock<std::mutex>& lock) {
       error = for_python(std::current_exception());
     }
     work->body_ = nullptr;
+    lock.lock();
+    busy_ = false;  // before the callbacks of complete(): they may issue calls of their own
+    changed_.notify_all();
+    lock.unlock();
     work->complete(error);
   }
   work.reset();
   lock.lock();
-  busy_ = false;
   changed_.notify_all();
 }
 
@@ -152,10 +156,11 @@ void WorkQueue::help(QueuedWork& work, std::chrono::milliseconds timeout) {
   if (timeout != kNoTimeout) return;
   std::unique_lock<std::mutex> lock(mutex_);
   while (!work.done()) {
-    if (!busy_ && !queue_.empty()) {
+    // Not what was issued after `work`: peers may wait for something that this thread does in between.
+    if (!busy_ && !work.started_) {
       run_front(lock);
     } else {
-      changed_.wait(lock, [&] { return work.done() || (!busy_ && !queue_.empty()); });
+      changed_.wait(lock, [&] { return work.done() || (!busy_ && !work.started_); });
     }
   }
 }
@@ -178,9 +183,14 @@ void WorkQueue::close(const std::string& why) {
     if (!closed_) why_ = why;
     closed_ = true;
     rest.swap(queue_);
+    for (auto& work : rest) work->started_ = true;
     changed_.notify_all();
   }
-  for (auto& work : rest) work->complete(std::make_exception_ptr(PythonPeerError(why)));
+  for (auto& work : rest) {
+    work->complete(std::make_exception_ptr(PythonPeerError(why)));
+    std::lock_guard<std::mutex> lock(mutex_);
+    changed_.notify_all();
+  }
 }
 
 void WorkQueue::run_worker() {

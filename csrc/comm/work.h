@@ -58,6 +58,7 @@ class QueuedWork : public Work {
   friend class WorkQueue;
   WorkQueue* queue_;
   std::function<void()> body_;
+  bool started_ = false;  // guarded by the queue
   at::ThreadLocalState thread_state_;
 };
 

@@ -51,7 +51,9 @@ const Capability& capability() {
 
 }  // namespace
 
-const char* cpu_capability() { return capability().name; }
+const char* cpu_capability() {
+  return capability().name;
+}
 
 void check_reduction(DType dtype, ReduceOp op) {
   const bool is_float = dtype == DType::f16 || dtype == DType::bf16 || dtype == DType::f32 || dtype == DType::f64;

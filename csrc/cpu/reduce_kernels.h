@@ -15,7 +15,9 @@ struct F16 {
   uint16_t bits;
 };
 
-inline float widen(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+inline float widen(Bf16 x) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
+}
 
 inline Bf16 narrow_bf16(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
@@ -24,8 +26,12 @@ inline Bf16 narrow_bf16(float x) {
 }
 
 #ifdef PYPAR_F16C
-inline float widen(F16 x) { return _cvtsh_ss(x.bits); }
-inline F16 narrow_f16(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
+inline float widen(F16 x) {
+  return _cvtsh_ss(x.bits);
+}
+inline F16 narrow_f16(float x) {
+  return {static_cast<uint16_t>(_cvtss_sh(x, 0))};
+}
 #else
 // Exponent re-biasing through float arithmetic: exact for normal and subnormal numbers, infinities and NaN.
 inline float widen(F16 x) {
@@ -92,32 +98,46 @@ inline void store_block(F16* dst, const float* acc, int64_t n) {
 
 struct Sum {
   template <typename T>
-  static T apply(T a, T b) { return static_cast<T>(a + b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a + b);
+  }
 };
 struct Product {
   template <typename T>
-  static T apply(T a, T b) { return static_cast<T>(a * b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a * b);
+  }
 };
 // A NaN on any rank is a NaN on all.
 struct Min {
   template <typename T>
-  static T apply(T a, T b) { return (b < a) | (b != b) ? b : a; }
+  static T apply(T a, T b) {
+    return (b < a) | (b != b) ? b : a;
+  }
 };
 struct Max {
   template <typename T>
-  static T apply(T a, T b) { return (b > a) | (b != b) ? b : a; }
+  static T apply(T a, T b) {
+    return (b > a) | (b != b) ? b : a;
+  }
 };
 struct And {
   template <typename T>
-  static T apply(T a, T b) { return static_cast<T>(a & b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a & b);
+  }
 };
 struct Or {
   template <typename T>
-  static T apply(T a, T b) { return static_cast<T>(a | b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a | b);
+  }
 };
 struct Xor {
   template <typename T>
-  static T apply(T a, T b) { return static_cast<T>(a ^ b); }
+  static T apply(T a, T b) {
+    return static_cast<T>(a ^ b);
+  }
 };
 
 // Types that are their own accumulator. kScale is a compile-time flag: a factor of 1.0 would cost a multiply.

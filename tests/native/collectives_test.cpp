@@ -26,16 +26,18 @@ void stall(int rank, uint32_t round) {
   if (x % 7 == 0) std::this_thread::sleep_for(std::chrono::microseconds(x % 300));
 }
 
-float value(int call, int rank, int64_t i) { return static_cast<float>((call * 31 + rank * 17 + i * 7) % 1021); }
+float value(int call, int rank, int64_t i) {
+  return static_cast<float>((call * 31 + rank * 17 + i * 7) % 1021);
+}
 
-#define EXPECT(condition, ...)                                                             \
-  do {                                                                                     \
-    if (!(condition)) {                                                                    \
-      std::fprintf(stderr, "rank %d call %d: %s: ", rank, call, #condition);               \
-      std::fprintf(stderr, __VA_ARGS__);                                                   \
-      std::fprintf(stderr, "\n");                                                          \
-      std::exit(1);                                                                        \
-    }                                                                                      \
+#define EXPECT(condition, ...)                                               \
+  do {                                                                       \
+    if (!(condition)) {                                                      \
+      std::fprintf(stderr, "rank %d call %d: %s: ", rank, call, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                     \
+      std::fprintf(stderr, "\n");                                            \
+      std::exit(1);                                                          \
+    }                                                                        \
   } while (0)
 
 void run_rank(std::unique_ptr<Mesh> mesh) {
@@ -111,7 +113,9 @@ void run_rank(std::unique_ptr<Mesh> mesh) {
         std::vector<std::vector<float>> in, out;
         std::vector<const void*> ins;
         std::vector<void*> outs;
-        auto items = [&](int s, int d) { return n / world + (s * 3 + d * 5) % 4 * (n > 100); };
+        auto items = [&](int s, int d) {
+          return n / world + (s * 3 + d * 5) % 4 * (n > 100);
+        };
         for (int r = 0; r < world; ++r) {
           send[static_cast<size_t>(r)] = items(rank, r) * 4;
           recv[static_cast<size_t>(r)] = items(r, rank) * 4;
@@ -126,7 +130,8 @@ void run_rank(std::unique_ptr<Mesh> mesh) {
         comm.all_to_all(ins.data(), send.data(), outs.data(), recv.data(), deadline, DType::f32);
         for (int r = 0; r < world; ++r) {
           for (int64_t i = 0; i < items(r, rank); ++i) {
-            EXPECT(out[static_cast<size_t>(r)][static_cast<size_t>(i)] == value(call + rank, r, i), "all_to_all from %d", r);
+            EXPECT(out[static_cast<size_t>(r)][static_cast<size_t>(i)] == value(call + rank, r, i),
+                   "all_to_all from %d", r);
           }
         }
         break;
@@ -151,14 +156,16 @@ void run_rank(std::unique_ptr<Mesh> mesh) {
         break;
       }
       default: {
-        std::vector<std::vector<float>> parts(static_cast<size_t>(world), std::vector<float>(static_cast<size_t>(n + 1)));
+        std::vector<std::vector<float>> parts(static_cast<size_t>(world),
+                                              std::vector<float>(static_cast<size_t>(n + 1)));
         std::vector<void*> pointers;
         for (auto& part : parts) pointers.push_back(part.data());
         for (int64_t i = 0; i < n; ++i) data[i] = value(call, rank, i);
         comm.gather(data, n * 4, pointers.data(), root, deadline, DType::f32);
         if (rank == root) {
           for (int r = 0; r < world; ++r) {
-            for (int64_t i = 0; i < n; ++i) EXPECT(parts[static_cast<size_t>(r)][static_cast<size_t>(i)] == value(call, r, i), "gather");
+            for (int64_t i = 0; i < n; ++i)
+              EXPECT(parts[static_cast<size_t>(r)][static_cast<size_t>(i)] == value(call, r, i), "gather");
           }
         }
         std::vector<float> back(static_cast<size_t>(n + 1));

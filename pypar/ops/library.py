@@ -1,0 +1,40 @@
+"""Where the ops of `torch.ops.pypar` are declared; the compiled kernels register themselves when they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from pypar import backend
+
+LIBRARY = torch.library.Library("pypar", "DEF")
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> None:
+    """Declares an op. Its reference serves as the CPU kernel only where the compiled extension is absent."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    if not backend.available():
+        LIBRARY.impl(name, reference, "CPU")
+    torch.library.register_fake(f"pypar::{name}", fake, lib=LIBRARY)
+
+
+def name_of(group: dist.ProcessGroup | str | None) -> str:
+    """The name by which the ops know a group; None is the world."""
+    if isinstance(group, str):
+        return group
+    if group is None:
+        group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("no process group: call pypar.init() (or torch.distributed.init_process_group) first")
+    return group.group_name
+
+
+def world_size_of(group_name: str) -> int:
+    return torch._C._distributed_c10d._resolve_process_group(group_name).size()
+
+
+def rank_of(group_name: str) -> int:
+    return torch._C._distributed_c10d._resolve_process_group(group_name).rank()
