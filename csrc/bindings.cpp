@@ -1,5 +1,6 @@
 // Python's view of comm/. Everything else is reached through torch.ops.pypar and torch.distributed.
 
+#include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -9,17 +10,12 @@
 
 namespace py = pybind11;
 
-#ifndef PYPAR_GIT_COMMIT
-#define PYPAR_GIT_COMMIT "unknown"
-#endif
-
 namespace {
 
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-  info["commit"] = PYPAR_GIT_COMMIT;
   return info;
 }
 

@@ -6,6 +6,7 @@ and what needs it says so when it is asked for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -33,14 +34,17 @@ def _load_extension() -> ModuleType | None:
 
 def _explain(error: ImportError) -> str:
     """Why an extension that is there can't be loaded: nearly always another torch than it was built against."""
-    try:
-        from pypar._build import TORCH_VERSION as built
-    except ImportError:
-        built = "an unknown version"
     return (
-        f"pypar._C was built against torch {built} and can't be loaded by torch {torch.__version__}: {error}. "
+        f"pypar._C was built against torch {_build_constant('TORCH_VERSION')} and can't be loaded by torch {torch.__version__}: {error}. "
         "Reinstall pypar in this environment (pip install --no-build-isolation --force-reinstall --no-deps)."
     )
+
+
+def _build_constant(name: str) -> str:
+    """From pypar._build, which setup.py writes beside the extension."""
+    if importlib.util.find_spec("pypar._build") is None:
+        return "unknown"
+    return getattr(importlib.import_module("pypar._build"), name, "unknown")
 
 
 extension = _load_extension()
@@ -54,7 +58,9 @@ def available() -> bool:
 
 def build_info() -> dict[str, str]:
     """What the extension was built with: torch, compiler, commit. Empty without it."""
-    return extension.build_info() if extension is not None else {}
+    if extension is None:
+        return {}
+    return {**extension.build_info(), "commit": _build_constant("COMMIT")}
 
 
 def _connect_hosts(
