@@ -1,7 +1,8 @@
 """pypar: train large language models on many ranks."""
 
 from pypar import ops
+from pypar.data_parallel import DataParallel
 from pypar.mesh import init
 
 __version__ = "0.1.0"
-__all__ = ["init", "ops"]
+__all__ = ["DataParallel", "init", "ops"]

@@ -42,8 +42,8 @@ def _rank_main(rank: int, world_size: int, folder: str, backend: str, timeout_s:
         payload = pickle.dumps(("ok", result))
     except BaseException:
         payload = pickle.dumps(("error", traceback.format_exc()))
-    out.with_suffix(".tmp").write_bytes(payload)
-    out.with_suffix(".tmp").rename(out)
+    Path(f"{out}.tmp").write_bytes(payload)
+    Path(f"{out}.tmp").rename(out)
     if dist.is_initialized() and pickle.loads(payload)[0] == "ok":
         dist.destroy_process_group()
     os._exit(0 if pickle.loads(payload)[0] == "ok" else 1)

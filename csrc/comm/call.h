@@ -38,9 +38,11 @@ struct Communicator::Call {
   std::byte* at(uint64_t window, int rank) const;
 
   // Rounds with data. stage(chunk, slot) writes this rank's part; consume(chunk, round) reads the peers'.
-  // Chunk 0 was staged and published in `first`; chunk i+1 is staged before chunk i is waited for.
+  // Chunk 0 was staged and published in `first`; chunk i+1 is staged before chunk i is waited for. `reads`: from whom
+  // this rank reads (a rank, kAll or kNobody); it waits for nobody else, next() keeps it from running ahead.
+  static constexpr int kAll = -1, kNobody = -2;
   template <typename Stage, typename Consume>
-  void pipeline(uint32_t first, int64_t num_chunks, Stage&& stage, Consume&& consume) {
+  void pipeline(uint32_t first, int64_t num_chunks, int reads, Stage&& stage, Consume&& consume) {
     for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       if (chunk + 1 < num_chunks) {
         const uint32_t ahead = next();
@@ -48,7 +50,8 @@ struct Communicator::Call {
         publish(ahead);
       }
       const uint32_t round = first + static_cast<uint32_t>(chunk);
-      wait_all(round);
+      if (reads == kAll) wait_all(round);
+      if (reads >= 0 && reads != me) wait(reads, round);
       consume(chunk, round);
     }
   }
@@ -56,7 +59,7 @@ struct Communicator::Call {
   // The whole of a staged call. `windowed`: this rank's data lies in a window, so it staged nothing yet. `in_place(id)`
   // runs when every rank's data lies in the same place of the same window; otherwise all ranks stage.
   template <typename Stage, typename Consume, typename InPlace>
-  void run(int64_t num_chunks, uint64_t window, Stage&& stage, Consume&& consume, InPlace&& in_place) {
+  void run(int64_t num_chunks, uint64_t window, int reads, Stage&& stage, Consume&& consume, InPlace&& in_place) {
     header.window = window;
     header.staged = window == 0;
     uint32_t first = next();
@@ -74,7 +77,7 @@ struct Communicator::Call {
       stage(0, slot(me, first));
       publish(first);
     }
-    pipeline(first, num_chunks, stage, consume);
+    pipeline(first, num_chunks, reads, stage, consume);
   }
 
   std::string describe(int rank, const Line& line) const;

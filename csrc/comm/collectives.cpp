@@ -15,8 +15,9 @@ namespace {
 
 // Above this, W > 2 ranks reduce a slice each and exchange the slices, instead of each reducing everything.
 constexpr int64_t kOneShotBytes = 64 << 10;
-// In-place work goes block by block, so that a block that was just reduced is copied to the peers from cache.
-constexpr int64_t kBlockBytes = 32 << 10;
+// Where one rank stages and the others read, a chunk must be ready soon: both sides work at once only on different
+// ones.
+constexpr int64_t kRootedChunkBytes = 128 << 10;
 
 using Sources = std::array<const void*, kMaxWorld>;
 
@@ -72,20 +73,15 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
         srcs[static_cast<size_t>(r)] = r == me ? call.header.payload : call.line(r, round).payload;
       return reduce_rows(out, srcs.data(), world, count, dtype, op);
     }
-    auto in_place = [&](uint64_t window) {
+    auto in_place = [&](uint64_t window) {  // each rank reduces its slice and writes it to all
       const Slice mine = slice_of(count, item, me, world);
-      const int64_t block = kBlockBytes / item;
-      std::array<std::byte*, kMaxWorld> bases;
-      for (int r = 0; r < world; ++r) bases[static_cast<size_t>(r)] = call.at(window, r);
-      for (int64_t i = mine.begin; i < mine.end; i += block) {
-        const int64_t n = std::min(block, mine.end - i);
-        for (int r = 0; r < world; ++r) srcs[static_cast<size_t>(r)] = bases[static_cast<size_t>(r)] + i * item;
-        std::byte* own = bases[static_cast<size_t>(me)] + i * item;
-        reduce_rows(own, srcs.data(), world, n, dtype, op);
-        for (int k = 1; k < world; ++k) {
-          copy_bytes(bases[static_cast<size_t>((me + k) % world)] + i * item, own, static_cast<size_t>(n * item));
-        }
+      std::array<void*, kMaxWorld> dsts;
+      for (int r = 0; r < world; ++r) {
+        srcs[static_cast<size_t>(r)] = call.at(window, r) + mine.begin * item;
+        dsts[static_cast<size_t>((r - me + world) % world)] =
+            call.at(window, r) + mine.begin * item;  // the own one first
       }
+      reduce_rows(dsts.data(), world, srcs.data(), world, mine.end - mine.begin, dtype, op);
     };
     const uint64_t window = in == out ? call.window_of(in, static_cast<size_t>(bytes)) : 0;
     if (world == 2 || bytes <= kOneShotBytes) {
@@ -94,7 +90,7 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
         return std::min(chunk, count - c * chunk);
       };
       return call.run(
-          ceil_div(count, chunk), window,
+          ceil_div(count, chunk), window, Call::kAll,
           [&](int64_t c, std::byte* slot) {
             copy_bytes(slot, offset(in, c * chunk * item), static_cast<size_t>(items(c) * item));
           },
@@ -194,7 +190,7 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
       return dst < src ? dst : dst - 1;
     };
     call.run(
-        ceil_div(largest, per), window,
+        ceil_div(largest, per), window, Call::kAll,
         [&](int64_t c, std::byte* slot) {
           for (int d = 0; d < world; ++d) {
             if (d == me || items(c, d) == 0) continue;
@@ -237,7 +233,7 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
       return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk));
     };
     call.run(
-        std::max<int64_t>(1, ceil_div(largest, chunk)), window,
+        std::max<int64_t>(1, ceil_div(largest, chunk)), window, Call::kAll,
         [&](int64_t c, std::byte* slot) {
           if (part(c, me) != 0) copy_bytes(slot, offset(in, c * chunk), part(c, me));
         },
@@ -284,15 +280,23 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
         copy_bytes(slot + data_at + place(d, me) * per, offset(ins[d], c * per), part(send_bytes[d], c));
       }
     };
-    const uint32_t first = call.next();
+    bool contiguous = true;
+    int64_t sent_bytes = 0;
+    for (int r = 0; r < world; sent_bytes += send_bytes[r], ++r) {
+      contiguous = contiguous && (send_bytes[r] == 0 || ins[r] == offset(ins[0], sent_bytes));
+    }
+    call.header.window = contiguous ? call.window_of(ins[0], static_cast<size_t>(sent_bytes)) : 0;
+    call.header.staged = call.header.window == 0;
+    uint32_t first = call.next();
     std::byte* own_slot = call.slot(me, first);
     std::memcpy(own_slot, send_bytes, table / 2);
     std::memcpy(own_slot + table / 2, recv_bytes, table / 2);
-    stage(0, own_slot);
+    if (call.header.staged) stage(0, own_slot);
     call.agree(first);
+    const uint32_t tables = first;
     auto size_at = [&](int rank, int column) {
       int64_t size;
-      std::memcpy(&size, call.slot(rank, first) + static_cast<size_t>(column) * sizeof size, sizeof size);
+      std::memcpy(&size, call.slot(rank, tables) + static_cast<size_t>(column) * sizeof size, sizeof size);
       return size;
     };
     int64_t largest = 0;
@@ -310,14 +314,29 @@ void Communicator::all_to_all(const void* const* ins, const int64_t* send_bytes,
       }
     }
     copy_bytes(outs[me], ins[me], static_cast<size_t>(send_bytes[me]));
-    call.pipeline(first, std::max<int64_t>(1, ceil_div(largest, per)), stage, [&](int64_t c, uint32_t round) {
+    if (call.all_lines(first, [](const Line& a, const Line& b) { return a.window != 0 && a.window == b.window; })) {
       for (int k = 1; k < world; ++k) {
         const int s = (me + k) % world;
-        if (part(recv_bytes[s], c) == 0) continue;
-        copy_bytes(offset(outs[s], c * per), call.slot(s, round) + data_at + place(me, s) * per,
-                   part(recv_bytes[s], c));
+        int64_t at = 0;
+        for (int d = 0; d < me; ++d) at += size_at(s, d);
+        copy_bytes(outs[s], call.at(call.header.window, s) + at, static_cast<size_t>(recv_bytes[s]));
       }
-    });
+      return call.sync();
+    }
+    if (!call.all_lines(first, [](const Line& a, const Line& b) { return a.staged && b.staged; })) {
+      first = call.next();
+      stage(0, call.slot(me, first));
+      call.publish(first);
+    }
+    call.pipeline(first, std::max<int64_t>(1, ceil_div(largest, per)), Call::kAll, stage,
+                  [&](int64_t c, uint32_t round) {
+                    for (int k = 1; k < world; ++k) {
+                      const int s = (me + k) % world;
+                      if (part(recv_bytes[s], c) == 0) continue;
+                      copy_bytes(offset(outs[s], c * per), call.slot(s, round) + data_at + place(me, s) * per,
+                                 part(recv_bytes[s], c));
+                    }
+                  });
   });
 }
 
@@ -334,12 +353,12 @@ void Communicator::broadcast(void* data, int64_t bytes, int root, Deadline deadl
       if (me != root) std::memcpy(data, call.line(root, round).payload, static_cast<size_t>(bytes));
       return;
     }
-    const auto chunk = static_cast<int64_t>(slot_bytes_);
+    const int64_t chunk = kRootedChunkBytes;
     auto part = [&](int64_t c) {
       return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
     };
     call.run(
-        ceil_div(bytes, chunk), call.window_of(data, static_cast<size_t>(bytes)),
+        ceil_div(bytes, chunk), call.window_of(data, static_cast<size_t>(bytes)), root,
         [&](int64_t c, std::byte* slot) {
           if (me == root) copy_bytes(slot, offset(data, c * chunk), part(c));
         },
@@ -361,12 +380,12 @@ void Communicator::reduce(const void* in, void* out, int64_t count, DType dtype,
     Call call(*this, Op::reduce, dtype, op, static_cast<uint64_t>(count), static_cast<uint64_t>(root), deadline);
     const int me = call.me;
     Sources srcs;
-    const int64_t chunk = static_cast<int64_t>(slot_bytes_) / item;
+    const int64_t chunk = kRootedChunkBytes / item;
     auto items = [&](int64_t c) {
       return std::min(chunk, count - c * chunk);
     };
     call.run(
-        ceil_div(count, chunk), 0,
+        ceil_div(count, chunk), 0, me == root ? Call::kAll : Call::kNobody,
         [&](int64_t c, std::byte* slot) {
           if (me != root) copy_bytes(slot, offset(in, c * chunk * item), static_cast<size_t>(items(c) * item));
         },
@@ -387,12 +406,12 @@ void Communicator::gather(const void* in, int64_t bytes, void* const* outs, int 
     Call call(*this, Op::gather, dtype, ReduceOp::none, static_cast<uint64_t>(bytes) / item_size(dtype),
               static_cast<uint64_t>(root), deadline);
     const int me = call.me;
-    const auto chunk = static_cast<int64_t>(slot_bytes_);
+    const int64_t chunk = kRootedChunkBytes;
     auto part = [&](int64_t c) {
       return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
     };
     call.run(
-        ceil_div(bytes, chunk), 0,
+        ceil_div(bytes, chunk), 0, me == root ? Call::kAll : Call::kNobody,
         [&](int64_t c, std::byte* slot) {
           if (me != root) copy_bytes(slot, offset(in, c * chunk), part(c));
         },
@@ -412,7 +431,8 @@ void Communicator::scatter(const void* const* ins, int64_t bytes, void* out, int
     Call call(*this, Op::scatter, dtype, ReduceOp::none, static_cast<uint64_t>(bytes) / item_size(dtype),
               static_cast<uint64_t>(root), deadline);
     const int me = call.me;
-    const int64_t per = static_cast<int64_t>(slot_bytes_) / (call.world - 1) / kCacheLineBytes * kCacheLineBytes;
+    const int64_t per = std::min(
+        kRootedChunkBytes, static_cast<int64_t>(slot_bytes_) / (call.world - 1) / kCacheLineBytes * kCacheLineBytes);
     auto place = [&](int dst) {
       return dst < root ? dst : dst - 1;
     };
@@ -420,7 +440,7 @@ void Communicator::scatter(const void* const* ins, int64_t bytes, void* out, int
       return static_cast<size_t>(std::min(per, bytes - c * per));
     };
     call.run(
-        ceil_div(bytes, per), 0,
+        ceil_div(bytes, per), 0, root,
         [&](int64_t c, std::byte* slot) {
           if (me != root) return;
           for (int d = 0; d < call.world; ++d) {

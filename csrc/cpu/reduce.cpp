@@ -7,20 +7,23 @@
 namespace pypar {
 
 namespace plain {
-void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+void reduce(void* const* dsts, int num_dsts, const void* const* srcs, int num_srcs, int64_t count, DType dtype,
+            ReduceOp op);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+void reduce(void* const* dsts, int num_dsts, const void* const* srcs, int num_srcs, int64_t count, DType dtype,
+            ReduceOp op);
 }
 namespace avx512 {
-void reduce(void* out, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+void reduce(void* const* dsts, int num_dsts, const void* const* srcs, int num_srcs, int64_t count, DType dtype,
+            ReduceOp op);
 }
 #endif
 
 namespace {
 
-using Reduce = void (*)(void*, const void* const*, int, int64_t, DType, ReduceOp);
+using Reduce = void (*)(void* const*, int, const void* const*, int, int64_t, DType, ReduceOp);
 
 struct Capability {
   const char* name;
@@ -64,13 +67,15 @@ void check_reduction(DType dtype, ReduceOp op) {
   }
 }
 
-void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op) {
+void reduce_rows(void* const* dsts, int num_dsts, const void* const* srcs, int num_srcs, int64_t count, DType dtype,
+                 ReduceOp op) {
   if (count == 0) return;
-  if (num_srcs == 1) {
-    if (dst != srcs[0]) std::memcpy(dst, srcs[0], static_cast<size_t>(count) * item_size(dtype));
-    return;
-  }
-  capability().reduce(dst, srcs, num_srcs, count, dtype, op);
+  if (num_srcs > 1) return capability().reduce(dsts, num_dsts, srcs, num_srcs, count, dtype, op);
+  for (int d = 0; d < num_dsts; ++d) copy_bytes(dsts[d], srcs[0], static_cast<size_t>(count) * item_size(dtype));
+}
+
+void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op) {
+  reduce_rows(&dst, 1, srcs, num_srcs, count, dtype, op);
 }
 
 void copy_bytes(void* dst, const void* src, size_t bytes) {

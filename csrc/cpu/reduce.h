@@ -10,6 +10,9 @@ namespace pypar {
 // dst may be one of the srcs (same address); no other overlap. For ReduceOp::avg the sum is multiplied by 1/num_srcs.
 // Throws ArgumentError for a pair that has no meaning (avg of integers, bitwise of floats).
 void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count, DType dtype, ReduceOp op);
+// The same into several destinations: each source is read once, each result leaves a register or L1.
+void reduce_rows(void* const* dsts, int num_dsts, const void* const* srcs, int num_srcs, int64_t count, DType dtype,
+                 ReduceOp op);
 void check_reduction(DType dtype, ReduceOp op);
 // "avx512", "avx2" or "plain": what this processor runs; PYPAR_CPU_CAPABILITY lowers it.
 const char* cpu_capability();

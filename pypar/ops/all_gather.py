@@ -5,12 +5,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of, world_size_of
+from pypar.ops.library import define, name_of
 from pypar.reference.all_gather import all_gather as reference
+from pypar.reference.collectives import group_of
 
 
 def _fake(x: torch.Tensor, group_name: str, splits: list[int] | None = None) -> torch.Tensor:
-    rows = sum(splits) if splits is not None else x.shape[0] * world_size_of(group_name)
+    rows = sum(splits) if splits is not None else x.shape[0] * group_of(group_name).size()
     return x.new_empty((rows, *x.shape[1:]))
 
 
@@ -30,7 +31,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group_name: str, splits: list[int] | None) -> torch.Tensor:
         ctx.group_name = group_name
-        ctx.splits = list(splits) if splits is not None else [x.shape[0]] * world_size_of(group_name)
+        ctx.splits = list(splits) if splits is not None else [x.shape[0]] * group_of(group_name).size()
         return torch.ops.pypar.all_gather(x, group_name, splits)
 
     @staticmethod

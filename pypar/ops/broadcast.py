@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of, rank_of
+from pypar.ops.library import define, name_of
 from pypar.reference.broadcast import broadcast as reference
+from pypar.reference.collectives import group_of
 
 
 def _reference_(x: torch.Tensor, root: int, group_name: str) -> None:
@@ -30,13 +31,14 @@ class _Broadcast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         dx = torch.ops.pypar.all_reduce(grads[0], "sum", ctx.group_name)
-        return (dx if rank_of(ctx.group_name) == ctx.root else torch.zeros_like(dx)), None, None
+        return (dx if group_of(ctx.group_name).rank() == ctx.root else torch.zeros_like(dx)), None, None
 
 
 def broadcast(x: torch.Tensor, root: int = 0, group: dist.ProcessGroup | str | None = None) -> torch.Tensor:
     """y = x of rank root, on every rank.
 
-    Shapes         x any shape, the same on every rank; y as x. In place: torch.ops.pypar.broadcast_(x, root, group_name)
+    Shapes         x any shape, the same on every rank; y as x
+    In place       torch.ops.pypar.broadcast_(x, root, group_name)
     Backward       dx = sum of dy over ranks on root, zero elsewhere
     Communicates   numel, from root to each peer
     Concurrency    one call at a time per group, in the same order on every rank

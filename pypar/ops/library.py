@@ -30,11 +30,3 @@ def name_of(group: dist.ProcessGroup | str | None) -> str:
     if group is None:
         raise RuntimeError("no process group: call pypar.init() (or torch.distributed.init_process_group) first")
     return group.group_name
-
-
-def world_size_of(group_name: str) -> int:
-    return torch._C._distributed_c10d._resolve_process_group(group_name).size()
-
-
-def rank_of(group_name: str) -> int:
-    return torch._C._distributed_c10d._resolve_process_group(group_name).rank()

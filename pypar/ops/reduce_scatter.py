@@ -5,13 +5,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of, rank_of, world_size_of
-from pypar.reference.collectives import rows_per_rank
+from pypar.ops.library import define, name_of
+from pypar.reference.collectives import group_of, rows_per_rank
 from pypar.reference.reduce_scatter import reduce_scatter as reference
 
 
 def _fake(x: torch.Tensor, op: str, group_name: str, splits: list[int] | None = None) -> torch.Tensor:
-    rows = rows_per_rank(x.shape[0], world_size_of(group_name), splits)[rank_of(group_name)]
+    rows = rows_per_rank(x.shape[0], group_of(group_name).size(), splits)[group_of(group_name).rank()]
     return x.new_empty((rows, *x.shape[1:]))
 
 
@@ -33,7 +33,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, op: str, group_name: str, splits: list[int] | None) -> torch.Tensor:
         ctx.op, ctx.group_name = op, group_name
-        ctx.splits = rows_per_rank(x.shape[0], world_size_of(group_name), splits)
+        ctx.splits = rows_per_rank(x.shape[0], group_of(group_name).size(), splits)
         return torch.ops.pypar.reduce_scatter(x, op, group_name, splits)
 
     @staticmethod

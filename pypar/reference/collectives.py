@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
 
 _HALF = (torch.float16, torch.bfloat16)
 REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -21,7 +22,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def group_of(group_name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(group_name)
+    return resolve_process_group(dist.GroupName(group_name))
 
 
 def from_all_ranks(x: torch.Tensor, group_name: str) -> list[torch.Tensor]:

@@ -1,0 +1,46 @@
+# Thin: every target calls one tool. `make install` runs by itself before the others.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch is pinned here and nowhere else; the package itself allows torch>=2.13.
+TORCH := torch==2.13.0
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+FORMATTED := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp' 'bench/*.c')
+
+.PHONY: install train test check bench sanitize clean
+
+install: $(BUILT)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja pybind11 numpy
+	$(BIN)/python -m pip install -q $(TORCH)
+	touch $@
+
+$(BUILT): $(INSTALLED) setup.py $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,bench,dev]"
+	touch $@
+
+train: install  ## the main job: two ranks learn the standard library's sources
+	$(BIN)/pypar train --dp 2
+
+test: check  ## every test, the long ones included
+	$(BIN)/python -m pytest tests
+
+check: install  ## format, lint, types, layering: under a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+bench: install  ## tables on the terminal, rows and charts in bench/results
+	$(BIN)/python -m bench
+
+sanitize: install  ## the core under ThreadSanitizer and AddressSanitizer
+	$(BIN)/python -m pytest tests/native -k sanitizer
+
+clean:
+	rm -rf build pypar/*.so *.egg-info $(BUILT)

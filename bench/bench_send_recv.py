@@ -1,0 +1,8 @@
+"""send_recv against gloo, plain C and the MPIs: python -m bench.bench_send_recv [--quick] [--sizes 8,1M] [--ranks 4]"""
+
+import sys
+
+from bench.collectives import main
+
+if __name__ == "__main__":
+    sys.exit(main("send"))

@@ -1,0 +1,103 @@
+"""The weight gradient of a plain nn.Linear, written by its matmul straight into the bucket."""
+
+from __future__ import annotations
+
+import types
+import weakref
+
+import torch
+import torch.nn.functional as F
+
+from pypar.data_parallel.buckets import Slot
+
+
+class SlotRef:
+    """A weak reference to a slot, on the module; empty in a copy or a pickle of it, which then computes as before."""
+
+    def __init__(self, slot: Slot | None = None):
+        self._ref = None if slot is None else weakref.ref(slot)
+
+    def __call__(self) -> Slot | None:
+        return None if self._ref is None else self._ref()
+
+    def __reduce__(self):
+        return SlotRef, ()
+
+
+def fuse(linear: torch.nn.Linear, slot: Slot) -> None:
+    """Makes the module's weight gradient go into the slot. Undone by unfuse, idle once the slot is gone."""
+    linear._pypar_slot = SlotRef(slot)  # type: ignore[assignment]
+    linear.forward = types.MethodType(forward, linear)  # type: ignore[method-assign]
+
+
+def unfuse(linear: torch.nn.Linear) -> None:
+    for name in ("forward", "_pypar_slot"):
+        linear.__dict__.pop(name, None)
+
+
+# Named as the method it stands for: a bound method is pickled by its name.
+def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        slot = self._pypar_slot()  # type: ignore[operator]
+        if slot is not None and _eligible(slot, self.weight, input):
+            return _LinearIntoSlot.apply(input, self.weight, self.bias, slot)
+    return F.linear(input, self.weight, self.bias)
+
+
+def _eligible(slot: Slot, weight: torch.Tensor, x: torch.Tensor) -> bool:
+    return (
+        weight is slot.param
+        and weight.requires_grad
+        and slot.bucket is not None
+        and type(x) is torch.Tensor
+        and x.dtype == weight.dtype
+        and x.dim() >= 1
+        and slot.view.is_contiguous()
+        and not torch.is_autocast_enabled(x.device.type)  # the matmul runs in another dtype than the weight
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+class _LinearIntoSlot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, slot):
+        ctx.save_for_backward(x, weight)
+        ctx.slot = slot
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dy2 = dy.reshape(-1, dy.shape[-1])  # [M, N]
+        dx = dy2.mm(weight).view(x.shape) if needs_x else None
+        dweight = _weight_grad(ctx.slot, dy2, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        dbias = dy2.sum(0) if needs_bias else None
+        return dx, dweight, dbias, None
+
+
+def _weight_grad(slot: Slot, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """dy.T @ x: into param.grad (and None is returned, which tells autograd to add nothing), or plainly.
+
+    Everything that adds to param.grad in one backward adds, so a weight that is used twice, or by an embedding as well,
+    comes out right in any order. The accumulation node runs in either case and reports the parameter ready.
+    """
+    param = slot.param
+    if torch.is_grad_enabled() or param._backward_hooks or param._post_accumulate_grad_hooks:
+        return dy.t().mm(x)  # create_graph, or somebody wants to see the gradient
+    try:
+        if not torch._C._will_engine_execute_node(slot.node):
+            return None  # backward(inputs=...) without this parameter
+    except RuntimeError:  # autograd.grad(..., param): the gradient is returned, not accumulated
+        return dy.t().mm(x)
+    grad = param.grad
+    if grad is None:
+        torch.mm(dy.t(), x, out=slot.view)
+        param.grad = slot.view
+        return None
+    if slot.is_home(grad):
+        slot.view.addmm_(dy.t(), x)
+        return None
+    return dy.t().mm(x)

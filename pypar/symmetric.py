@@ -1,0 +1,31 @@
+"""Symmetric memory: tensors that every rank of a group holds and every rank of that group can read and write."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pypar import backend
+
+
+def backend_name(group: dist.ProcessGroup, device: torch.device | str = "cpu") -> str:
+    """The name of the backend that serves `device` in `group`, e.g. "pypar", "gloo", "nccl"; "" when none does."""
+    config = dist.get_backend_config(group)  # "cpu:pypar,cuda:nccl"
+    served = dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry)
+    return served.get(torch.device(device).type, "")
+
+
+def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A flat tensor [numel]: in symmetric memory when pypar serves the group's CPU tensors, else an ordinary one.
+
+    In symmetric memory this is a collective call: every rank of the group makes it, in the same order, with the same
+    numel and dtype. The tensor owns the handle of the rendezvous.
+    """
+    device = torch.device(device)
+    if numel == 0 or device.type != "cpu" or not backend.available() or backend_name(group) != "pypar":
+        return torch.empty(numel, dtype=dtype, device=device)
+    import torch.distributed._symmetric_memory as symm_mem
+
+    tensor = symm_mem.empty(numel, dtype=dtype, device=device)
+    tensor._pypar_rendezvous = symm_mem.rendezvous(tensor, group.group_name)  # type: ignore[attr-defined]
+    return tensor

@@ -1,0 +1,1 @@
+"""`pypar train`: trains a decoder-only language model on local ranks or under torchrun. docs/train.md explains it."""

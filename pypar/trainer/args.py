@@ -1,0 +1,116 @@
+"""The command line of `pypar train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from pypar.trainer.config import TrainConfig
+from pypar.trainer.errors import TrainError
+from pypar.trainer.presets import PRESETS
+
+EXAMPLES = """\
+examples:
+  pypar train --dp 2                                  the standard library's sources, two ranks, a few minutes
+  pypar train --dp 2 --data book.txt notes/ --steps 500
+  pypar train --resume                                go on with the newest run
+  pypar train --model path/to/saved/model --data corpus/ --lr 1e-4
+  torchrun --nproc-per-node 4 -m pypar train          the ranks of torchrun
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TrainError(f"{message} (see pypar train --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options that were not given stay out of the namespace, so that a resumed run keeps its own values."""
+    top = _Parser(
+        prog="pypar train",
+        description="Train a decoder-only language model on local ranks, or under torchrun.",
+        epilog=EXAMPLES,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    group = top.add_argument_group("model and data")
+    _add(group, "model", str, f"{', '.join(PRESETS)}, a Hugging Face config.json, or the folder of a saved model")
+    _add(group, "dropout", float, "every dropout rate of the model", "P")
+    group.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text files or folders (default: the .py sources of Python's standard library)",
+    )
+    _add(
+        group,
+        "tokenizer",
+        str,
+        "a tokenizers JSON file, or `bytes` (default: the saved model's own, else bytes)",
+        "FILE",
+    )
+    _add(group, "cache_dir", str, "where tokenised data is kept (default: pypar in the user's cache folder)", "DIR")
+    _add(group, "val_fraction", float, "share of the tokens, by document, that is held out for validation", "P")
+
+    group = top.add_argument_group("training")
+    _add(group, "seq_len", int, "tokens per sequence")
+    _add(group, "batch_size", int, "sequences per step, over all ranks and --accumulate")
+    _add(group, "accumulate", int, "backward passes that a rank splits its share of a batch into")
+    _add(group, "steps", int, "optimizer steps")
+    _add(group, "lr", float, "peak learning rate", "X")
+    _add(group, "min_lr_ratio", float, "the cosine ends at this share of --lr", "X")
+    _add(group, "warmup", int, "steps of linear warm-up")
+    _add(group, "weight_decay", float, "AdamW's; not on norms and biases", "X")
+    _add(group, "beta1", float, "AdamW's", "X")
+    _add(group, "beta2", float, "AdamW's", "X")
+    _add(group, "eps", float, "AdamW's", "X")
+    _add(group, "clip", float, "norm that gradients are clipped to; 0: not clipped", "X")
+    _add(group, "dtype", str, "bfloat16 computes under autocast, with float32 weights", choices=("float32", "bfloat16"))
+    _add(group, "seed", int, "of weights, split, order and dropout")
+
+    group = top.add_argument_group("ranks")
+    _add(group, "dp", int, "data-parallel ranks to start here; leave it out under torchrun")
+    _add(group, "backend", str, "process group (default: what pypar.init() chooses)", "NAME")
+    _add(group, "device", str, "auto takes CUDA when there is any", choices=("auto", "cpu", "cuda"))
+    _add(group, "threads", int, "threads per rank (default: cores / local ranks)")
+
+    group = top.add_argument_group("output")
+    _add(group, "out", str, "folder of the run (default: runs/MODEL, numbered when taken)", "DIR")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="PATH",
+        help="go on from a checkpoint or a run folder (default: the newest of --out, else of runs/)",
+    )
+    _add(group, "eval_every", int, "steps between validations; 0: only at the start and the end")
+    _add(group, "eval_batches", int, "batches per validation; 0: the whole validation split")
+    _add(group, "save_every", int, "steps between checkpoints; 0: only at the end")
+    _add(group, "keep", int, "checkpoints to keep")
+    _add(group, "log_every", int, "steps between printed lines when there is no terminal for a progress bar")
+    _add(group, "prompt", str, "start of the sample text (default: the start of a validation document)", "TEXT")
+    _add(group, "sample_tokens", int, "tokens to generate at the end; 0: none")
+    _add(group, "temperature", float, "of the sample", "X")
+    group.add_argument("--debug", action="store_true", help="tracebacks and the launcher's log; also PYPAR_DEBUG=1")
+    return top
+
+
+def _add(
+    group: Any, name: str, kind: type, text: str, metavar: str | None = None, choices: Sequence[str] | None = None
+) -> None:
+    default = getattr(TrainConfig(), name)
+    if default is not None:
+        text += f" (default: {default})"
+    shown = None if choices else metavar or name.split("_")[-1].upper()
+    group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=shown, choices=choices, help=text)
+
+
+def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str | None, bool]:
+    """Returns (settings that were given, --resume or None, --debug). Raises TrainError; SystemExit(0) for --help."""
+    given = vars(parser().parse_args(list(argv)))
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    return given, given.pop("resume", None), given.pop("debug", False)

@@ -1,0 +1,134 @@
+"""The settings of a run: one flat record, saved with every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from pypar.trainer.errors import TrainError
+
+MAX_RANKS_PER_CORE = 8
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults: two CPU ranks with one thread each learn the standard library's sources in two or three minutes.
+
+    batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
+    dp: number of ranks. Paths are absolute once `prepare` has seen them; None stands for "decide for me".
+    """
+
+    model: str = "llama-tiny"
+    dropout: float | None = None
+    data: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    cache_dir: str | None = None
+    val_fraction: float = 0.05
+    seq_len: int = 128
+    batch_size: int = 8
+    accumulate: int = 1
+    steps: int = 600
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1
+    warmup: int = 30
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    dtype: str = "float32"
+    seed: int = 0
+    dp: int = 1
+    backend: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    out: str | None = None
+    eval_every: int = 100
+    eval_batches: int = 16
+    save_every: int = 200
+    keep: int = 3
+    log_every: int = 20
+    prompt: str | None = None
+    sample_tokens: int = 200
+    temperature: float = 0.8
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """Ignores settings it does not know: a checkpoint of another version still loads."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in names}
+        if "data" in known:
+            known["data"] = tuple(known["data"])
+        return cls(**known)
+
+    def micro_batch(self) -> int:
+        """Sequences that the busiest rank runs at once."""
+        return math.ceil(math.ceil(self.batch_size / self.dp) / self.accumulate)
+
+
+# A different value of these on resuming would train something else than the checkpoint's run.
+FROZEN = ("dropout", "tokenizer", "val_fraction", "seq_len", "seed")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def flag(name: str) -> str:
+    """The option of a setting: seq_len -> --seq-len."""
+    return "--" + name.replace("_", "-")
+
+
+def check(config: TrainConfig, max_ranks: int | None = None) -> None:
+    """Raises TrainError for a value that can't work. max_ranks: default 8 per core."""
+    for name in ("seq_len", "batch_size", "accumulate", "steps", "dp", "keep", "log_every"):
+        _at_least(config, name, 1)
+    for name in ("warmup", "eval_every", "eval_batches", "save_every", "sample_tokens", "seed"):
+        _at_least(config, name, 0)
+    if config.threads is not None:
+        _at_least(config, "threads", 1)
+    for name in ("lr", "eps", "temperature"):
+        _between(config, name, 0.0, math.inf, open_low=True)
+    for name in ("weight_decay", "clip"):
+        _between(config, name, 0.0, math.inf)
+    for name in ("beta1", "beta2"):
+        _between(config, name, 0.0, 1.0, open_high=True)
+    _between(config, "min_lr_ratio", 0.0, 1.0)
+    _between(config, "val_fraction", 0.0, 0.5, open_low=True)
+    if config.dropout is not None:
+        _between(config, "dropout", 0.0, 1.0, open_high=True)
+    limit = MAX_RANKS_PER_CORE * cores() if max_ranks is None else max_ranks
+    if config.dp > limit:
+        raise TrainError(
+            f"--dp {config.dp} is more than {MAX_RANKS_PER_CORE} ranks for each of the {cores()} cores here: "
+            f"use --dp {cores()}, or torchrun over more machines"
+        )
+    if config.batch_size < config.dp * config.accumulate:
+        raise TrainError(
+            f"--batch-size {config.batch_size} gives some of --dp {config.dp} ranks x --accumulate {config.accumulate} "
+            f"no sequence: use --batch-size {config.dp * config.accumulate} or more, or fewer ranks"
+        )
+
+
+def _at_least(config: TrainConfig, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if value < low:
+        raise TrainError(f"{flag(name)} must be at least {low}, got {value}")
+
+
+def _between(
+    config: TrainConfig, name: str, low: float, high: float, open_low: bool = False, open_high: bool = False
+) -> None:
+    value = getattr(config, name)
+    inside = low <= value <= high and not (open_low and value == low) and not (open_high and value == high)
+    if not inside or not math.isfinite(value):
+        left = "above" if open_low else "at least"
+        right = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high:g}"
+        raise TrainError(f"{flag(name)} must be {left} {low:g}{right}, got {value:g}")

@@ -1,0 +1,182 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import pypar
+from pypar.trainer import cache, checkpoint, data, model, rng
+from pypar.trainer.errors import TrainError
+from pypar.trainer.metrics import Metrics, read
+from pypar.trainer.optimizer import learning_rate, make_optimizer
+from pypar.trainer.prepare import Job
+from pypar.trainer.progress import Progress
+from pypar.trainer.ranks import Ranks
+from pypar.trainer.state import load_model, load_optimizer, save_model, save_optimizer
+
+
+class Trainer:
+    """Model, data and optimizer of this rank, at `step` done steps and `position` sequences read by all ranks."""
+
+    def __init__(self, job: Job, ranks: Ranks):
+        """Collective: an error on one rank is raised on all."""
+        self.job, self.config, self.ranks = job, job.config, ranks
+        self.run = Path(job.config.out or ".")
+        self.cache = ranks.agree(lambda: cache.load(Path(job.cache)))
+        self.train_data, self.val_data = data.split(
+            self.cache, self.config.seq_len, self.config.val_fraction, self.config.seed
+        )
+        self.order = data.Order(self.train_data.num_sequences, self.config.seed)
+        rng.seed_everything(self.config.seed)
+        self.module = ranks.agree(lambda: model.create(job.model, job.weights)).to(ranks.device)
+        self.module.train()
+        self.optimizer = make_optimizer(self.module, self.config)
+        self.step = 0
+        self.position = 0
+        # Every rank has its own dropout.
+        rng.seed_everything(self.config.seed, ranks.rank, ranks.world_size)
+        if job.resume:
+            ranks.agree(lambda: self._resume(Path(job.resume or "")))
+        self.parallel = model.wrap(self.module, ranks.world_size)
+
+    def fit(self, metrics: Metrics | None, progress: Progress) -> None:
+        """Trains up to config.steps, with validations and checkpoints on the way. metrics: on rank 0."""
+        config = self.config
+        if self.step == 0:
+            self._evaluate(metrics, progress)
+        while self.step < config.steps:
+            lr = learning_rate(self.step, config)
+            loss, norm = self._train_step(lr)
+            self.step += 1
+            self.position += config.batch_size
+            if metrics:
+                metrics.add(
+                    "train",
+                    self.step,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=norm,
+                    tokens=self.position * config.seq_len,
+                    tokens_per_s=round(progress.tokens_per_s(self.step), 1),
+                    unix_time=round(time.time(), 3),
+                )
+            progress.step(self.step, loss, lr)
+            last = self.step == config.steps
+            if last or (config.eval_every and self.step % config.eval_every == 0):
+                self._evaluate(metrics, progress)
+            if last or (config.save_every and self.step % config.save_every == 0):
+                with progress.pause():
+                    self.save()
+
+    def _train_step(self, lr: float) -> tuple[float, float]:
+        """(loss: the mean over all tokens of the global batch, norm of its gradient before clipping), on every rank."""
+        config, ranks = self.config, self.ranks
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        own = data.share(self.order.take(self.position, config.batch_size), ranks.rank, ranks.world_size)
+        # DataParallel averages over ranks; times world_size makes that a sum of this rank's share of the mean.
+        scale = ranks.world_size / (config.batch_size * config.seq_len)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        for part in range(config.accumulate):
+            last = part == config.accumulate - 1
+            with nullcontext() if last or ranks.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                part_sum = self._loss_sum(self.parallel, self.train_data, data.share(own, part, config.accumulate))
+                (part_sum * scale).backward()
+            loss_sum += part_sum.detach()
+        loss = ranks.total(loss_sum)[0] / (config.batch_size * config.seq_len)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.clip or math.inf))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+            raise TrainError(
+                f"{what} at step {self.step + 1}: lower --lr, clip harder (--clip) or warm up longer (--warmup)",
+                exit_code=1,
+                echo=ranks.rank != 0,
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _loss_sum(self, module: torch.nn.Module, stream: data.Stream, indices: Sequence[int]) -> torch.Tensor:
+        """float32 [], summed over the tokens of these sequences"""
+        inputs, targets = data.batch(stream, indices, self.ranks.device)
+        with self._autocast():
+            logits = module(input_ids=inputs).logits  # [sequences, seq_len, vocab]
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def _evaluate(self, metrics: Metrics | None, progress: Progress) -> None:
+        """The same validation sequences every time, shared out over the ranks."""
+        config, ranks = self.config, self.ranks
+        number = self.val_data.num_sequences
+        if config.eval_batches:
+            number = min(number, config.eval_batches * config.batch_size)
+        chosen = data.permutation(self.val_data.num_sequences, config.seed, 0)[:number]
+        own = data.share(list(chosen), ranks.rank, ranks.world_size)
+        size = config.micro_batch()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        with progress.pause():
+            self.module.eval()
+            for start in range(0, len(own), size):
+                loss_sum += self._loss_sum(self.module, self.val_data, own[start : start + size])
+            self.module.train()
+            loss = ranks.total(loss_sum)[0] / (number * config.seq_len)
+        if metrics:
+            metrics.add("val", self.step, loss=loss)
+        progress.say(f"step {self.step}/{config.steps}  validation loss {loss:.4f}")
+
+    def save(self) -> None:
+        """The checkpoint of this step, written by rank 0. Collective; when it fails, every rank raises TrainError."""
+        states = self.ranks.gather(rng.capture(self.ranks.device))
+
+        def fill(folder: Path) -> None:
+            save_model(self.module, self.job.model, folder)
+            save_optimizer(self.optimizer, self.module, folder)
+            if self.config.tokenizer and self.config.tokenizer != "bytes":
+                (folder / "tokenizer.json").write_bytes(Path(self.config.tokenizer).read_bytes())
+            checkpoint.write_state(
+                folder,
+                {
+                    "step": self.step,
+                    "position": self.position,
+                    "config": self.config.to_json(),
+                    "world_size": self.ranks.world_size,
+                    "data": {name: self.cache.meta[name] for name in ("sha256", "num_tokens")},
+                    "rng": states,
+                    "versions": {
+                        "pypar": pypar.__version__,
+                        "torch": torch.__version__,
+                        "python": platform.python_version(),
+                    },
+                },
+            )
+
+        self.ranks.first(lambda: str(checkpoint.write(self.run, self.step, fill, self.config.keep)))
+
+    def _resume(self, path: Path) -> None:
+        state = checkpoint.read_state(path)
+        load_model(self.module, path)
+        load_optimizer(self.optimizer, self.module, path)
+        self.step, self.position = state["step"], state["position"]
+        if state["world_size"] == self.ranks.world_size:
+            rng.restore(state["rng"][self.ranks.rank], self.ranks.device)
+        else:
+            # No state to go on with: new ones, that a second resume from here would draw again.
+            rng.seed_everything(self.config.seed, self.ranks.rank, self.ranks.world_size, self.step)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The curve up to the resumed step, from the run that the checkpoint lies in."""
+        return read(checkpoint.run_of(Path(self.job.resume)), self.step) if self.job.resume else []

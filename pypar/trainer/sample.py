@@ -1,0 +1,46 @@
+"""A short text that the model goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def generate(
+    module: nn.Module,
+    prompt: Sequence[int],
+    num_tokens: int,
+    end: int,
+    context: int,
+    temperature: float,
+    device: torch.device,
+    seed: int,
+) -> list[int]:
+    """Up to num_tokens after the prompt, sampled with a generator of its own; stops at `end`.
+
+    module: a causal LM of transformers, not wrapped. context: longest sequence it takes; what is older is forgotten.
+    """
+    was_training = module.training
+    module.eval()
+    generator = torch.Generator().manual_seed(seed)
+    text = list(prompt)[-context:] or [end]
+    out: list[int] = []
+    cache: Any = None
+    while len(out) < num_tokens:
+        if cache is None or len(text) > context:
+            text, cache = text[-max(1, context // 2) :] if len(text) > context else text, None
+        new = torch.tensor([text if cache is None else text[-1:]], device=device)
+        result = module(input_ids=new, past_key_values=cache, use_cache=True)
+        cache = result.past_key_values
+        odds = torch.softmax(result.logits[0, -1].float().cpu() / temperature, dim=-1)
+        token = int(torch.multinomial(odds, 1, generator=generator))
+        if token == end:
+            break
+        out.append(token)
+        text.append(token)
+    module.train(was_training)
+    return out
