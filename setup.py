@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -11,9 +12,14 @@ def extensions():
     if os.environ.get("PYPAR_NO_EXTENSION") == "1" or shutil.which(os.environ.get("CXX", "g++")) is None:
         print("pypar: no C++ compiler: installing without the compiled extension; the plain-torch reference serves")
         return {}
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     root = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True)
+    commit = git.stdout.strip() or "unknown"
+    # Beside the extension, to be read when it can't be loaded.
+    (root / "pypar" / "_build.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\nCOMMIT = "{commit}"\n')
     sources = sorted(str(p.relative_to(root)) for d in ("comm", "cpu") for p in (root / "csrc" / d).glob("*.cpp"))
     extension = CppExtension(
         "pypar._C",

@@ -1,3 +1,69 @@
-#include <torch/extension.h>
+// Python's view of comm/. Everything else is reached through torch.ops.pypar and torch.distributed.
 
-PYBIND11_MODULE(_C, m) {}
+#include <pybind11/chrono.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "comm/errors.h"
+#include "comm/process_group.h"
+#include "cpu/reduce.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  return info;
+}
+
+pypar::InnerGroups make_inner(const py::object& factory, const pypar::InnerRequest& request) {
+  py::gil_scoped_acquire gil;
+  py::object whole, across;
+  std::tie(whole, across) = factory(request.store, request.rank, request.size, request.across_index,
+                                    request.across_rank, request.across_size, request.timeout)
+                                .cast<std::pair<py::object, py::object>>();
+  using Backend = c10::intrusive_ptr<c10d::Backend>;
+  return {whole.cast<Backend>(), across.is_none() ? nullptr : across.cast<Backend>()};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  pypar::register_exception_translator();
+  py::module_::import("torch.distributed");  // the base classes
+
+  py::class_<pypar::ProcessGroup::Options, c10d::Backend::Options, c10::intrusive_ptr<pypar::ProcessGroup::Options>>(
+      m, "Options")
+      .def(py::init<std::chrono::milliseconds>(), py::arg("timeout"))
+      .def("__deepcopy__",
+           [](const pypar::ProcessGroup::Options& self, const py::dict&) {
+             auto copy = c10::make_intrusive<pypar::ProcessGroup::Options>(self.timeout);
+             copy->group_name = self.group_name;
+             return copy;
+           });
+
+  py::class_<pypar::ProcessGroup, c10d::Backend, c10::intrusive_ptr<pypar::ProcessGroup>>(m, "ProcessGroup")
+      .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const std::string& name,
+                       std::chrono::milliseconds timeout) {
+             auto options = c10::make_intrusive<pypar::ProcessGroup::Options>(timeout);
+             options->group_name = name;
+             return c10::make_intrusive<pypar::ProcessGroup>(store, rank, size, options);
+           }),
+           py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("name"), py::arg("timeout"),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("hosts", &pypar::ProcessGroup::hosts, "ranks of the group by host")
+      .def_property_readonly("spans_hosts", &pypar::ProcessGroup::spans_hosts)
+      .def_property_readonly(
+          "calls", [](const pypar::ProcessGroup& self) { return self.communicator()->calls(); },
+          "collectives that this rank has made in shared memory");
+
+  m.def("set_inner_factory", [](py::object factory) {
+    auto kept = std::make_shared<py::object>(std::move(factory));
+    pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });
+  });
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", &pypar::cpu_capability);
+}

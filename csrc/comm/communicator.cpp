@@ -122,6 +122,18 @@ void Communicator::abort(const std::string& reason) {
   }
 }
 
+bool Communicator::aborted() const { return load_acquire(heads_[static_cast<size_t>(rank())]->aborted) == 2; }
+
+void Communicator::set_flush(std::function<void()> flush) {
+  std::lock_guard<std::mutex> lock(flush_mutex_);
+  flush_ = std::move(flush);
+}
+
+void Communicator::flush() {
+  std::lock_guard<std::mutex> lock(flush_mutex_);
+  if (flush_) flush_();
+}
+
 void Communicator::leave() {
   std::atomic_ref<uint32_t>(heads_[static_cast<size_t>(rank())]->left).store(1, std::memory_order_release);
 }

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -121,6 +122,7 @@ class Communicator {
   std::string rank_text(int rank) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
   void abort(const std::string& reason);
+  bool aborted() const;
   // This rank will call no more.
   void leave();
   // How long a wait spins before it sleeps: 0 when the ranks of this host outnumber its cores.
@@ -128,6 +130,10 @@ class Communicator {
   // The calling thread runs beside the main computation: it must not spin.
   static void set_background_thread(bool background);
   uint64_t calls() const { return calls_; }
+  // Runs what a queue in front of this communicator still holds, so that a direct call comes after the calls that were
+  // issued before it, on every rank alike. `flush` may be null.
+  void set_flush(std::function<void()> flush);
+  void flush();
   // Of calls that name no timeout of their own.
   Deadline default_deadline() const { return Deadline::after(std::chrono::milliseconds(timeout_ms_.load())); }
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ms_ = timeout.count(); }
@@ -163,6 +169,8 @@ class Communicator {
   std::vector<uint32_t> seen_;  // the newest round known of each peer
   std::map<const std::byte*, std::shared_ptr<Window>> windows_;
   std::mutex mutex_;
+  std::mutex flush_mutex_;
+  std::function<void()> flush_;
 };
 
 }  // namespace pypar

@@ -1,10 +1,39 @@
+// What Python sees of the core's exceptions: pypar.PeerError and ValueError, also when they pass through the autograd
+// engine or a Future, which carry only C++ exceptions.
 #pragma once
+
+#include <exception>
+#include <string>
+#include <utility>
+
+#include <torch/csrc/Exceptions.h>
+
+#include "comm/types.h"
 
 namespace pypar {
 
-template <typename Body>
-auto with_python_errors(Body&& body) {
-  return body();
+// Becomes pypar.PeerError where torch turns C++ exceptions into Python ones.
+struct PythonPeerError : torch::PyTorchError {
+  using torch::PyTorchError::PyTorchError;
+  PyObject* python_type() override;
+};
+
+// Rethrows the exception in flight as one that Python sees with the right type.
+[[noreturn]] void rethrow_for_python();
+// The same, as a pointer to keep.
+std::exception_ptr for_python(const std::exception_ptr& error);
+
+// Runs fn. Every op and every method of the process group that calls the core does it in here.
+template <typename Fn>
+decltype(auto) with_python_errors(Fn&& fn) {
+  try {
+    return std::forward<Fn>(fn)();
+  } catch (const std::exception&) {
+    rethrow_for_python();
+  }
 }
+
+// For functions that pybind11 calls without torch's own handler.
+void register_exception_translator();
 
 }  // namespace pypar

@@ -46,13 +46,16 @@ void register_communicator(const std::string& group_name, const std::shared_ptr<
 }
 
 std::shared_ptr<Communicator> find_communicator(const std::string& group_name) {
-  std::lock_guard<std::mutex> lock(mutex());
+  std::unique_lock<std::mutex> lock(mutex());
   auto& map = entries();
   if (auto found = map.find(group_name); found != map.end()) {
     const Entry& entry = found->second;
     const bool stale = entry.group.has_value() && entry.group->expired();
     if (auto communicator = entry.communicator.lock(); communicator != nullptr && !stale) {
-      return communicator->whole_group() ? communicator : nullptr;
+      if (!communicator->whole_group()) return nullptr;
+      lock.unlock();
+      communicator->flush();
+      return communicator;
     }
     map.erase(found);
   }

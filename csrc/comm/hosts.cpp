@@ -1,0 +1,217 @@
+#include "comm/hosts.h"
+
+#include <algorithm>
+
+#include <ATen/ATen.h>
+
+#include "comm/tensors.h"
+#include "pypar/signal.h"
+
+namespace pypar {
+
+namespace {
+
+// Below this, one rank of each host talks for all: fewer messages. Above, all ranks of a host share the wire.
+constexpr int64_t kLeaderBytes = 32 << 10;
+
+InnerFactory& inner_factory() {
+  static auto* factory = new InnerFactory;
+  return *factory;
+}
+
+std::chrono::milliseconds time_left(Deadline deadline) {
+  if (deadline.at_ns == 0) return c10d::kUnsetTimeout;
+  const uint64_t now = now_ns();
+  return std::chrono::milliseconds(std::max<uint64_t>(1, deadline.at_ns > now ? (deadline.at_ns - now) / 1'000'000 : 1));
+}
+
+c10d::ReduceOp gloo_op(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::product: return c10d::ReduceOp::PRODUCT;
+    case ReduceOp::min: return c10d::ReduceOp::MIN;
+    case ReduceOp::max: return c10d::ReduceOp::MAX;
+    case ReduceOp::band: return c10d::ReduceOp::BAND;
+    case ReduceOp::bor: return c10d::ReduceOp::BOR;
+    case ReduceOp::bxor: return c10d::ReduceOp::BXOR;
+    default: return c10d::ReduceOp::SUM;
+  }
+}
+
+// A reduction as gloo can do it without rounding twice: half types in float32, int16 (which gloo lacks) in int32, bool
+// as numbers, a mean as a sum.
+struct Accumulator {
+  Accumulator(const at::Tensor& tensor, ReduceOp asked, int size) : op(asked == ReduceOp::avg ? ReduceOp::sum : asked) {
+    auto type = tensor.scalar_type();
+    if (type == at::kHalf || type == at::kBFloat16) type = at::kFloat;
+    if (type == at::kShort || type == at::kBool) type = at::kInt;
+    if (tensor.scalar_type() == at::kBool) op = op == ReduceOp::product ? ReduceOp::min : op == ReduceOp::sum ? ReduceOp::max : op;
+    if (asked == ReduceOp::avg) divisor = size;
+    sum = tensor.to(type);
+  }
+  void store(at::Tensor& tensor) {
+    if (divisor != 1) sum.div_(divisor);
+    if (!tensor.is_same(sum)) tensor.copy_(sum);
+  }
+  ReduceOp op;
+  int divisor = 1;
+  at::Tensor sum;
+};
+
+}  // namespace
+
+void set_inner_factory(InnerFactory factory) { inner_factory() = std::move(factory); }
+
+Hosts::Hosts(Communicator& local, std::vector<std::vector<int>> hosts, c10::intrusive_ptr<c10d::Store> store, int rank,
+             int size, std::chrono::milliseconds timeout)
+    : local_(local), hosts_(std::move(hosts)), rank_(rank), size_(size) {
+  host_ = place_of(rank).first;
+  for (const auto& host : hosts_) equal_ = equal_ && host.size() == hosts_[0].size();
+  InnerRequest request{std::move(store), rank, size, -1, host_, static_cast<int>(hosts_.size()), timeout};
+  if (equal_ || leads()) request.across_index = local_.rank();
+  if (!inner_factory()) throw ArgumentError("pypar: the group spans hosts; import pypar to connect them");
+  inner_ = inner_factory()(request);
+}
+
+std::pair<int, int> Hosts::place_of(int rank) const {
+  for (size_t h = 0; h < hosts_.size(); ++h) {
+    const auto found = std::find(hosts_[h].begin(), hosts_[h].end(), rank);
+    if (found != hosts_[h].end()) return {static_cast<int>(h), static_cast<int>(found - hosts_[h].begin())};
+  }
+  throw ArgumentError("pypar: rank " + std::to_string(rank) + " is on no host");
+}
+
+void Hosts::finish(const std::function<WorkPtr()>& start) {
+  try {
+    start()->wait();
+  } catch (const std::exception& error) {
+    const std::string why = "rank " + std::to_string(rank_) + " of group '" + local_.name() +
+                            "' between hosts, through gloo: " + error.what();
+    local_.abort(why);
+    throw PeerError(why);
+  }
+}
+
+void Hosts::sum_across(at::Tensor& tensor, c10d::ReduceOp op, Deadline deadline) {
+  finish([&] {
+    std::vector<at::Tensor> tensors{tensor};
+    c10d::AllreduceOptions options;
+    options.reduceOp = op;
+    options.timeout = time_left(deadline);
+    return inner_.across->allreduce(tensors, options);
+  });
+}
+
+void Hosts::local_all_gather(const at::Tensor& input, at::Tensor& output, Deadline deadline) {
+  const std::vector<int64_t> bytes(static_cast<size_t>(local_.world()), bytes_of(input));
+  std::vector<void*> parts;
+  for (int r = 0; r < local_.world(); ++r) parts.push_back(static_cast<std::byte*>(output.data_ptr()) + r * bytes_of(input));
+  local_.all_gather(input.data_ptr(), bytes.data(), parts.data(), deadline);
+}
+
+void Hosts::all_reduce(at::Tensor& tensor, ReduceOp asked, Deadline deadline) {
+  at::NoGradGuard no_grad;
+  Accumulator a(tensor, asked, size_);
+  at::Tensor flat = a.sum.view({-1});
+  const DType dtype = reducible_dtype(flat, a.op);
+  const int local = local_.world();
+  if (!equal_ || bytes_of(flat) <= kLeaderBytes) {
+    local_.reduce(flat.data_ptr(), leads() ? flat.data_ptr() : nullptr, flat.numel(), dtype, a.op, 0, deadline);
+    if (leads()) sum_across(flat, gloo_op(a.op), deadline);
+    local_.broadcast(flat.data_ptr(), bytes_of(flat), 0, deadline);
+  } else {
+    const int64_t per = (flat.numel() + local - 1) / local;
+    std::vector<int64_t> counts, bytes;
+    std::vector<void*> parts;
+    for (int r = 0; r < local; ++r) {
+      const int64_t begin = std::min(flat.numel(), r * per);
+      counts.push_back(std::min(flat.numel(), begin + per) - begin);
+      bytes.push_back(counts.back() * flat.element_size());
+      parts.push_back(static_cast<std::byte*>(flat.data_ptr()) + begin * flat.element_size());
+    }
+    at::Tensor shard = at::empty({counts[static_cast<size_t>(local_.rank())]}, flat.options());
+    local_.reduce_scatter(parts.data(), counts.data(), shard.data_ptr(), dtype, a.op, deadline);
+    sum_across(shard, gloo_op(a.op), deadline);
+    local_.all_gather(shard.data_ptr(), bytes.data(), parts.data(), deadline);
+  }
+  a.store(tensor);
+}
+
+void Hosts::broadcast(at::Tensor& tensor, int root, Deadline deadline) {
+  const auto [root_host, root_place] = place_of(root);
+  if (host_ == root_host) local_.broadcast(tensor.data_ptr(), bytes_of(tensor), root_place, deadline);
+  if (leads()) {
+    finish([&, source = root_host] {
+      std::vector<at::Tensor> tensors{tensor};
+      c10d::BroadcastOptions options;
+      options.rootRank = source;
+      options.timeout = time_left(deadline);
+      return inner_.across->broadcast(tensors, options);
+    });
+  }
+  if (host_ != root_host) local_.broadcast(tensor.data_ptr(), bytes_of(tensor), 0, deadline);
+}
+
+void Hosts::all_gather(at::Tensor& output, const at::Tensor& input, Deadline deadline) {
+  at::NoGradGuard no_grad;
+  c10d::AllgatherOptions options;
+  options.timeout = time_left(deadline);
+  if (!equal_) {
+    return run_whole([&](c10d::Backend& gloo) {
+      at::Tensor in = input;
+      return gloo._allgather_base(output, in, options);
+    });
+  }
+  const auto num_hosts = static_cast<int64_t>(hosts_.size());
+  at::Tensor own = input.view({-1});
+  at::Tensor across = at::empty({num_hosts * own.numel()}, own.options());
+  finish([&] { return inner_.across->_allgather_base(across, own, options); });
+  at::Tensor all = at::empty({local_.world(), num_hosts, own.numel()}, own.options());
+  local_all_gather(across, all, deadline);
+  at::Tensor rows = output.view({size_, own.numel()});
+  for (int r = 0; r < size_; ++r) {
+    const auto [host, place] = place_of(r);
+    rows[r].copy_(all[place][host]);
+  }
+}
+
+void Hosts::reduce_scatter(at::Tensor& output, const at::Tensor& input, ReduceOp asked, Deadline deadline) {
+  at::NoGradGuard no_grad;
+  if (!equal_) {
+    at::Tensor sum = input.clone();
+    all_reduce(sum, asked, deadline);
+    output.view({-1}).copy_(sum.view({size_, output.numel()})[rank_]);
+    return;
+  }
+  Accumulator a(input, asked, size_);
+  const auto num_hosts = static_cast<int64_t>(hosts_.size());
+  const int64_t n = output.numel();
+  // By the place of the receiver on its host, then by its host: a local reduce_scatter leaves one row per host.
+  at::Tensor rows = at::empty({local_.world(), num_hosts, n}, a.sum.options());
+  for (int r = 0; r < size_; ++r) {
+    const auto [host, place] = place_of(r);
+    rows[place][host].copy_(a.sum.view({size_, n})[r]);
+  }
+  at::Tensor mine = at::empty({num_hosts * n}, rows.options());
+  const std::vector<int64_t> counts(static_cast<size_t>(local_.world()), num_hosts * n);
+  std::vector<void*> parts;
+  for (int r = 0; r < local_.world(); ++r) parts.push_back(rows[r].data_ptr());
+  local_.reduce_scatter(parts.data(), counts.data(), mine.data_ptr(), reducible_dtype(mine, a.op), a.op, deadline);
+  sum_across(mine, gloo_op(a.op), deadline);
+  a.sum = mine.view({num_hosts, n})[host_];
+  at::Tensor flat = output.view({-1});
+  a.store(flat);
+}
+
+void Hosts::barrier(Deadline deadline) {
+  local_.barrier(deadline);
+  if (leads()) {
+    finish([&] {
+      c10d::BarrierOptions options;
+      options.timeout = time_left(deadline);
+      return inner_.across->barrier(options);
+    });
+  }
+  local_.barrier(deadline);
+}
+
+}  // namespace pypar
