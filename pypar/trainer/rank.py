@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,24 +36,24 @@ def train(job: Job, ranks: Ranks) -> None:
     torch.set_num_threads(config.threads or max(1, cores() // ranks.local_world_size))
     run = Path(config.out or ".")
     started = time.monotonic()
-    held = [lock(run)] if ranks.rank == 0 else []
-    trainer = Trainer(job, ranks)
-    metrics = Metrics(run, trainer.step, trainer.history()) if ranks.rank == 0 else None
-    progress = Progress(
-        trainer.step, config.steps, config.batch_size * config.seq_len, config.log_every, shown=ranks.rank == 0
-    )
-    progress.say(_headline(trainer))
-    try:
-        trainer.fit(metrics, progress)
-    finally:
-        progress.close()
-    if metrics:
-        with writing(run):
-            metrics.close()
-            _finish(trainer, metrics, time.monotonic() - started)
-    dist.barrier()
-    for file in held:
-        file.close()
+    with ExitStack() as held:  # an error, too, gives the folder back
+        if ranks.rank == 0:
+            held.enter_context(lock(run))
+        trainer = Trainer(job, ranks)
+        metrics = Metrics(run, trainer.step, trainer.history()) if ranks.rank == 0 else None
+        progress = Progress(
+            trainer.step, config.steps, config.batch_size * config.seq_len, config.log_every, shown=ranks.rank == 0
+        )
+        progress.say(_headline(trainer))
+        try:
+            trainer.fit(metrics, progress)
+        finally:
+            progress.close()
+        if metrics:
+            with writing(run):
+                metrics.close()
+                _finish(trainer, metrics, time.monotonic() - started)
+        dist.barrier()
 
 
 def _headline(trainer: Trainer) -> str:
