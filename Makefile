@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-FORMATTED := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp' 'bench/*.c')
+FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c')
 
 .PHONY: install train test check bench sanitize clean
 

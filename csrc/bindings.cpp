@@ -38,12 +38,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<pypar::ProcessGroup::Options, c10d::Backend::Options, c10::intrusive_ptr<pypar::ProcessGroup::Options>>(
       m, "Options")
       .def(py::init<std::chrono::milliseconds>(), py::arg("timeout"))
-      .def("__deepcopy__",
-           [](const pypar::ProcessGroup::Options& self, const py::dict&) {
-             auto copy = c10::make_intrusive<pypar::ProcessGroup::Options>(self.timeout);
-             copy->group_name = self.group_name;
-             return copy;
-           });
+      .def("__deepcopy__", [](const pypar::ProcessGroup::Options& self, const py::dict&) {
+        auto copy = c10::make_intrusive<pypar::ProcessGroup::Options>(self.timeout);
+        copy->group_name = self.group_name;
+        return copy;
+      });
 
   py::class_<pypar::ProcessGroup, c10d::Backend, c10::intrusive_ptr<pypar::ProcessGroup>>(m, "ProcessGroup")
       .def(py::init([](const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, const std::string& name,

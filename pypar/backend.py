@@ -26,16 +26,16 @@ def _load_extension() -> ModuleType | None:
     if importlib.util.find_spec("pypar._C") is None:
         return None
     try:
-        from pypar import _C
+        return importlib.import_module("pypar._C")
     except ImportError as error:
         raise ImportError(_explain(error)) from error
-    return _C
 
 
 def _explain(error: ImportError) -> str:
     """Why an extension that is there can't be loaded: nearly always another torch than it was built against."""
     return (
-        f"pypar._C was built against torch {_build_constant('TORCH_VERSION')} and can't be loaded by torch {torch.__version__}: {error}. "
+        f"pypar._C was built against torch {_build_constant('TORCH_VERSION')} and can't be loaded by torch "
+        f"{torch.__version__}: {error}. "
         "Reinstall pypar in this environment (pip install --no-build-isolation --force-reinstall --no-deps)."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (root / "bench" / "__main__.py").exists():
         print("pypar bench needs a checkout: the benches are not installed with the package", file=sys.stderr)
         return 2
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
     if importlib.util.find_spec("matplotlib") is None:
         print('pypar bench draws charts: pip install "pypar[bench]"', file=sys.stderr)
         return 2
-    from bench.__main__ import main as run_benches
-
-    return run_benches(argv)
+    return subprocess.call([sys.executable, "-m", "bench", *(sys.argv[2:] if argv is None else argv)], cwd=root)

@@ -31,6 +31,22 @@ def _huge_pages() -> str:
         return "unknown"
 
 
+def _extension() -> str:
+    info = backend.build_info()
+    if not info:
+        return "absent"
+    return f"commit {info['commit']}, built against torch {info['torch']} with GCC {info['compiler']}"
+
+
+def _kernel(op: str) -> str:
+    """Which kernel a call on CPU tensors runs."""
+    if backend.extension is None:
+        return "plain-torch reference over torch.distributed"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pypar::{op}", "CPU"):
+        return "none: the extension lacks it; reinstall pypar"
+    return f"C++ on shared memory, {backend.extension.cpu_capability()}"
+
+
 def report() -> Iterator[tuple[str, str]]:
     """(name, value) rows; also what the benches write beside their numbers."""
     from pypar import __version__
@@ -44,14 +60,14 @@ def report() -> Iterator[tuple[str, str]]:
     yield "torch CPU capability", torch.backends.cpu.get_cpu_capability()
     yield "torch threads", str(torch.get_num_threads())
     yield "CUDA", torch.version.cuda or "torch was built without it"
-    yield "compiled extension", backend.describe()
+    yield "compiled extension", _extension()
     yield "huge pages for shared memory", _huge_pages()
     if backend.available():
         yield "transport", "ranks of one host: shared memory (memfd); between hosts: gloo"
     else:
         yield "transport", "gloo"
     for op in OPS:
-        yield f"torch.ops.pypar.{op}", backend.kernel_of(op)
+        yield f"torch.ops.pypar.{op}", _kernel(op)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,5 +8,6 @@ import torch.distributed as dist
 class PeerError(dist.DistBackendError):
     """A rank died, left, disagreed or did not answer in time. Says the operation, the call, the rank and the peer.
 
-    A `RuntimeError`, and a `torch.distributed.DistError`. The group is unusable after it: every later call raises it again.
+    A `RuntimeError`, and a `torch.distributed.DistError`. The group is unusable after it: every later call raises it
+    again.
     """

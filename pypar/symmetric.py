@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -16,13 +18,17 @@ def backend_name(group: dist.ProcessGroup, device: torch.device | str = "cpu") -
 
 
 def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> torch.Tensor:
-    """A flat tensor [numel]: in symmetric memory when pypar serves the group's CPU tensors, else an ordinary one.
+    """A flat tensor [numel]: in symmetric memory when pypar serves the group's CPU tensors and
+    all its ranks are on one host, else an ordinary one.
 
     In symmetric memory this is a collective call: every rank of the group makes it, in the same order, with the same
     numel and dtype. The tensor owns the handle of the rendezvous.
     """
     device = torch.device(device)
     if numel == 0 or device.type != "cpu" or not backend.available() or backend_name(group) != "pypar":
+        return torch.empty(numel, dtype=dtype, device=device)
+    served_by: Any = group._get_backend(torch.device("cpu"))
+    if served_by.spans_hosts:  # no memory that all ranks share
         return torch.empty(numel, dtype=dtype, device=device)
     import torch.distributed._symmetric_memory as symm_mem
 

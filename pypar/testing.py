@@ -26,7 +26,28 @@ class RankFailed(RuntimeError):
         super().__init__("\n".join(f"--- rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
 
 
-def _rank_main(rank: int, world_size: int, folder: str, backend: str, timeout_s: float, fn: Callable, args: tuple):
+def _context() -> Any:
+    """Starts ranks from a server process that has torch imported already: 0.1 s a rank instead of seconds.
+
+    The server runs nothing but imports, so that a rank begins as clean as a spawned process.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "pypar"])
+    return context
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    folder: str,
+    backend: str,
+    timeout_s: float,
+    environment: dict[str, str],
+    fn: Callable,
+    args: tuple,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # the server's is as old as the server
     torch.set_num_threads(1)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     out = Path(folder) / f"out.{rank}"
@@ -58,7 +79,7 @@ def run_ranks(
     limit_s: float = 240.0,
     expect_failure: bool = False,
 ) -> list[Any]:
-    """Runs fn(rank, world_size, *args) in world_size spawned processes and returns their results, by rank.
+    """Runs fn(rank, world_size, *args) in world_size processes of their own and returns their results, by rank.
 
     fn must be a module-level function; arguments and results are pickled (tensors included).
     backend: given to init_process_group with a FileStore (no port); "none" starts no process group.
@@ -66,11 +87,13 @@ def run_ranks(
     expect_failure: return {rank: text of its exception} as the last element instead of raising.
     Raises RankFailed with every failed rank's traceback.
     """
-    context = mp.get_context("spawn")
+    context = _context()
     with tempfile.TemporaryDirectory(prefix="pypar_ranks_") as folder:
         ranks = [
             context.Process(
-                target=_rank_main, args=(rank, world_size, folder, backend, timeout_s, fn, args), daemon=False
+                target=_rank_main,
+                args=(rank, world_size, folder, backend, timeout_s, dict(os.environ), fn, args),
+                daemon=False,
             )
             for rank in range(world_size)
         ]

@@ -14,7 +14,7 @@ OPS = sorted(p.stem for p in (ROOT / "pypar" / "reference").glob("*.py") if p.st
 MAY_IMPORT = {
     "pypar.reference": {"pypar.reference", "pypar.mesh"},
     "pypar.mesh": {"pypar.backend"},
-    "pypar.backend": {"pypar._C", "pypar.mesh"},
+    "pypar.backend": {"pypar._C", "pypar._build", "pypar.errors"},
     "pypar.symmetric": {"pypar.backend", "pypar.mesh"},
     "pypar.ops": {
         "pypar.reference",

@@ -1,6 +1,7 @@
 // One call of a collective: its lock, its rounds, its header. Internal to comm/.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <string>
 #include <utility>
@@ -91,6 +92,14 @@ struct Communicator::Call {
   std::unique_lock<std::mutex> lock;
 };
 
+using Sources = std::array<const void*, kMaxWorld>;
+
+inline std::byte* offset(void* data, int64_t bytes) {
+  return static_cast<std::byte*>(data) + bytes;
+}
+inline const std::byte* offset(const void* data, int64_t bytes) {
+  return static_cast<const std::byte*>(data) + bytes;
+}
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -122,7 +122,9 @@ void Communicator::abort(const std::string& reason) {
   }
 }
 
-bool Communicator::aborted() const { return load_acquire(heads_[static_cast<size_t>(rank())]->aborted) == 2; }
+bool Communicator::aborted() const {
+  return load_acquire(heads_[static_cast<size_t>(rank())]->aborted) == 2;
+}
 
 void Communicator::set_flush(std::function<void()> flush) {
   std::lock_guard<std::mutex> lock(flush_mutex_);

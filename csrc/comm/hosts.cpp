@@ -22,7 +22,8 @@ InnerFactory& inner_factory() {
 std::chrono::milliseconds time_left(Deadline deadline) {
   if (deadline.at_ns == 0) return c10d::kUnsetTimeout;
   const uint64_t now = now_ns();
-  return std::chrono::milliseconds(std::max<uint64_t>(1, deadline.at_ns > now ? (deadline.at_ns - now) / 1'000'000 : 1));
+  return std::chrono::milliseconds(
+      std::max<uint64_t>(1, deadline.at_ns > now ? (deadline.at_ns - now) / 1'000'000 : 1));
 }
 
 c10d::ReduceOp gloo_op(ReduceOp op) {
@@ -44,7 +45,8 @@ struct Accumulator {
     auto type = tensor.scalar_type();
     if (type == at::kHalf || type == at::kBFloat16) type = at::kFloat;
     if (type == at::kShort || type == at::kBool) type = at::kInt;
-    if (tensor.scalar_type() == at::kBool) op = op == ReduceOp::product ? ReduceOp::min : op == ReduceOp::sum ? ReduceOp::max : op;
+    if (tensor.scalar_type() == at::kBool)
+      op = op == ReduceOp::product ? ReduceOp::min : op == ReduceOp::sum ? ReduceOp::max : op;
     if (asked == ReduceOp::avg) divisor = size;
     sum = tensor.to(type);
   }
@@ -59,7 +61,9 @@ struct Accumulator {
 
 }  // namespace
 
-void set_inner_factory(InnerFactory factory) { inner_factory() = std::move(factory); }
+void set_inner_factory(InnerFactory factory) {
+  inner_factory() = std::move(factory);
+}
 
 Hosts::Hosts(Communicator& local, std::vector<std::vector<int>> hosts, c10::intrusive_ptr<c10d::Store> store, int rank,
              int size, std::chrono::milliseconds timeout)
@@ -104,7 +108,8 @@ void Hosts::sum_across(at::Tensor& tensor, c10d::ReduceOp op, Deadline deadline)
 void Hosts::local_all_gather(const at::Tensor& input, at::Tensor& output, Deadline deadline) {
   const std::vector<int64_t> bytes(static_cast<size_t>(local_.world()), bytes_of(input));
   std::vector<void*> parts;
-  for (int r = 0; r < local_.world(); ++r) parts.push_back(static_cast<std::byte*>(output.data_ptr()) + r * bytes_of(input));
+  for (int r = 0; r < local_.world(); ++r)
+    parts.push_back(static_cast<std::byte*>(output.data_ptr()) + r * bytes_of(input));
   local_.all_gather(input.data_ptr(), bytes.data(), parts.data(), deadline);
 }
 

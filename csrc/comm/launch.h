@@ -21,9 +21,11 @@ ProcessGroup::WorkPtr ProcessGroup::launch(c10d::OpType type, const char* title,
     work->complete();
     return work;
   }
-  auto body = [this, timeout, run = std::forward<Run>(run)]() mutable { run(deadline(timeout)); };
-  auto work = c10::make_intrusive<QueuedWork>(queue_, std::move(body), rank_, type, sequence, std::move(outputs),
-                                              title, &inputs);
+  auto body = [this, timeout, run = std::forward<Run>(run)]() mutable {
+    run(deadline(timeout));
+  };
+  auto work = c10::make_intrusive<QueuedWork>(queue_, std::move(body), rank_, type, sequence, std::move(outputs), title,
+                                              &inputs);
   queue_.push(work);
   if (!async) work->wait(kNoTimeout);
   return work;

@@ -123,8 +123,8 @@ void ProcessGroup::monitoredBarrier(const c10d::BarrierOptions& options, bool wa
   with_python_errors([&] { barrier_arrive(timeout, wait_all_ranks, tag); });
 }
 
-// Every rank tells rank 0 that it is there, and waits for its answer. Only rank 0 has a deadline of its own, so that the
-// one that times out is the one that knows who is missing. A failed monitored barrier does not end the group.
+// Every rank tells rank 0 that it is there, and waits for its answer. Only rank 0 has a deadline of its own, so that
+// the one that times out is the one that knows who is missing. A failed monitored barrier does not end the group.
 void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int64_t tag) {
   auto message = [&](bool is_send, int peer, Answer& answer, Deadline until) {
     auto op = std::make_shared<RingOp>();
@@ -152,8 +152,8 @@ void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int
                     "0. Please check rank 0 logs for faulty rank.\n Original exception: \n" +
                     why);
   }
-  const auto until = Deadline{now_ns() + static_cast<uint64_t>(timeout.count()) * 1'000'000,
-                              static_cast<uint64_t>(timeout.count())};
+  const auto until =
+      Deadline{now_ns() + static_cast<uint64_t>(timeout.count()) * 1'000'000, static_cast<uint64_t>(timeout.count())};
   const std::string in_time = " failed to pass monitoredBarrier in " + std::to_string(timeout.count()) + " ms";
   std::vector<Answer> arrivals(static_cast<size_t>(size_));
   std::vector<std::shared_ptr<RingOp>> ops(static_cast<size_t>(size_));
@@ -189,7 +189,8 @@ void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int
     op->tag = tag;
     op->data = reinterpret_cast<std::byte*>(answer.get());
     op->bytes = sizeof *answer;
-    op->on_done = [answer](std::exception_ptr) {};
+    op->on_done = [answer](std::exception_ptr) {
+    };
     rings_->post(op);
   }
   if (!error.empty()) throw PeerError(error);

@@ -1,6 +1,7 @@
 // The collectives of the process group: checks, contiguous memory, and the call of the core.
 //
-// Tensors are captured by value: a queued call outlives its caller. What a Flat copied is written back in the same body.
+// Tensors are captured by value: a queued call outlives its caller. What a Flat copied is written back in the same
+// body.
 
 #include <ATen/ATen.h>
 
@@ -27,7 +28,8 @@ const at::Tensor& only(const char* what, const Tensors& tensors) {
 
 const Tensors& only_list(const char* what, const char* name, const TensorLists& lists, int world) {
   if (lists.size() != 1 || lists[0].size() != static_cast<size_t>(world)) {
-    refuse(std::string(what) + ": " + name + " must be one list of " + std::to_string(world) + " tensors, one per rank; got " +
+    refuse(std::string(what) + ": " + name + " must be one list of " + std::to_string(world) +
+           " tensors, one per rank; got " +
            (lists.size() == 1 ? std::to_string(lists[0].size()) : std::to_string(lists.size()) + " lists"));
   }
   return lists[0];
@@ -219,7 +221,8 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_into_tensor_coalesced(Tensors& out
                                                                     const c10d::AllgatherOptions& options) {
   with_python_errors([&] {
     constexpr const char* kWhat = "all_gather_into_tensor";
-    if (outputs.size() != inputs.size()) refuse(std::string(kWhat) + " requires input/output tensor lists to have the same length");
+    if (outputs.size() != inputs.size())
+      refuse(std::string(kWhat) + " requires input/output tensor lists to have the same length");
     for (size_t i = 0; i < inputs.size(); ++i) {
       check_dense(kWhat, inputs[i]);
       check_same(kWhat, "the output", outputs[i], inputs[i]);
@@ -247,11 +250,12 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_coalesced(TensorLists& outputs, Te
   with_python_errors([&] {
     constexpr const char* kWhat = "all_gather_coalesced";
     if (inputs.empty()) refuse(std::string(kWhat) + " requires non-empty input tensor list");
-    if (outputs.size() != static_cast<size_t>(size_)) refuse(std::string(kWhat) + ": output lists should be equal to world size");
+    if (outputs.size() != static_cast<size_t>(size_))
+      refuse(std::string(kWhat) + ": output lists should be equal to world size");
     for (const auto& list : outputs) {
       if (list.size() != inputs.size()) {
-        refuse(std::string(kWhat) + ": invalid output size: (expected length " + std::to_string(inputs.size()) + ", got " +
-               std::to_string(list.size()) + ")");
+        refuse(std::string(kWhat) + ": invalid output size: (expected length " + std::to_string(inputs.size()) +
+               ", got " + std::to_string(list.size()) + ")");
       }
       for (size_t i = 0; i < inputs.size(); ++i) check_same(kWhat, "an output", list[i], inputs[i]);
     }
@@ -260,10 +264,11 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_coalesced(TensorLists& outputs, Te
     }
   });
   if (hosts_) {
-    return launch(OpType::ALLGATHER_COALESCED, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
-                  [this, outputs, inputs, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.allgather_coalesced(outputs, inputs, options); });
-                  });
+    return launch(
+        OpType::ALLGATHER_COALESCED, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
+        [this, outputs, inputs, options](Deadline) mutable {
+          hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.allgather_coalesced(outputs, inputs, options); });
+        });
   }
   return launch(OpType::ALLGATHER_COALESCED, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
                 [this, inputs, outputs](Deadline d) {
@@ -272,7 +277,8 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_coalesced(TensorLists& outputs, Te
                     for (const auto& list : outputs) column.push_back(list[i]);
                     Flat from(inputs[i]);
                     FlatList to(column, false);
-                    communicator_->all_gather(from.data(), to.bytes.data(), to.data.data(), d, movable_dtype(inputs[i]));
+                    communicator_->all_gather(from.data(), to.bytes.data(), to.data.data(), d,
+                                              movable_dtype(inputs[i]));
                     to.write_back();
                   }
                 });
@@ -370,7 +376,8 @@ ProcessGroup::WorkPtr ProcessGroup::reduce_scatter(Tensors& outputs, TensorLists
                   Flat to(output, false);
                   std::vector<int64_t> counts;
                   for (const auto& input : reals) counts.push_back(input.numel());
-                  communicator_->reduce_scatter(from.inputs(), counts.data(), to.data(), reducible_dtype(output, op), op, d);
+                  communicator_->reduce_scatter(from.inputs(), counts.data(), to.data(), reducible_dtype(output, op),
+                                                op, d);
                   to.write_back();
                 });
 }
@@ -387,7 +394,8 @@ ProcessGroup::WorkPtr ProcessGroup::reduce_scatter_tensor_coalesced(Tensors& out
   Tensors froms, tos;
   with_python_errors([&] {
     constexpr const char* kWhat = "reduce_scatter_tensor";
-    if (outputs.size() != inputs.size()) refuse(std::string(kWhat) + " requires input/output tensor lists to have the same length");
+    if (outputs.size() != inputs.size())
+      refuse(std::string(kWhat) + " requires input/output tensor lists to have the same length");
     op = core_op(options.reduceOp);
     for (size_t i = 0; i < inputs.size(); ++i) {
       check_dense(kWhat, inputs[i]);
@@ -408,8 +416,8 @@ ProcessGroup::WorkPtr ProcessGroup::reduce_scatter_tensor_coalesced(Tensors& out
                       const std::vector<int64_t> counts(static_cast<size_t>(size_), tos[i].numel());
                       const std::vector<int64_t> bytes(static_cast<size_t>(size_), bytes_of(tos[i]));
                       const auto parts = cut(from.data(), bytes);
-                      communicator_->reduce_scatter(parts.data(), counts.data(), to.data(),
-                                                    reducible_dtype(tos[i], op), op, d);
+                      communicator_->reduce_scatter(parts.data(), counts.data(), to.data(), reducible_dtype(tos[i], op),
+                                                    op, d);
                     }
                     to.write_back();
                   }
@@ -453,7 +461,9 @@ ProcessGroup::WorkPtr ProcessGroup::alltoall_base(at::Tensor& output, at::Tensor
   if (hosts_) {
     return launch(OpType::ALLTOALL_BASE, "pypar:all_to_all", options.asyncOp, options.timeout, {input}, {{output}},
                   [this, output, input, output_splits, input_splits, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.alltoall_base(output, input, output_splits, input_splits, options); });
+                    hosts_->run_whole([&](c10d::Backend& gloo) {
+                      return gloo.alltoall_base(output, input, output_splits, input_splits, options);
+                    });
                   });
   }
   return launch(OpType::ALLTOALL_BASE, "pypar:all_to_all", options.asyncOp, options.timeout, {input}, {{output}},

@@ -18,7 +18,8 @@ const at::Tensor& check_message(const char* what, const std::vector<at::Tensor>&
   if (peer != kAnySource && (peer < 0 || peer >= size)) {
     refuse(std::string(what) + ": rank " + std::to_string(peer) + " is not in the group of " + std::to_string(size));
   }
-  if (peer == rank) refuse(std::string(what) + ": rank " + std::to_string(rank) + " can't exchange messages with itself");
+  if (peer == rank)
+    refuse(std::string(what) + ": rank " + std::to_string(rank) + " can't exchange messages with itself");
   return tensors[0];
 }
 
@@ -34,7 +35,9 @@ std::shared_ptr<RingOp> make_op(bool is_send, int peer, int tag, at::Tensor& fla
   return op;
 }
 
-std::exception_ptr python_error(const std::exception_ptr& error) { return error ? for_python(error) : nullptr; }
+std::exception_ptr python_error(const std::exception_ptr& error) {
+  return error ? for_python(error) : nullptr;
+}
 
 }  // namespace
 
@@ -47,15 +50,17 @@ ProcessGroup::WorkPtr ProcessGroup::send(Tensors& tensors, int dst, int tag) {
     const uint64_t sequence = ++sequence_;
     Flat flat(tensor);
     if (rings_->try_send(dst, tag, flat.data(), flat.tensor().nbytes(), movable_dtype(tensor))) {
-      auto work = c10::make_intrusive<Work>(rank_, c10d::OpType::SEND, sequence, TensorLists{tensors}, "pypar:send",
-                                            &tensors);
+      auto work =
+          c10::make_intrusive<Work>(rank_, c10d::OpType::SEND, sequence, TensorLists{tensors}, "pypar:send", &tensors);
       work->complete();
       return work;
     }
     auto op = make_op(true, dst, tag, flat.tensor(), deadline(c10d::kUnsetTimeout));
     auto work = c10::make_intrusive<RingWork>(*rings_, op, rank_, c10d::OpType::SEND, sequence, TensorLists{tensors},
                                               "pypar:send", &tensors);
-    op->on_done = [work, kept = flat.tensor()](std::exception_ptr error) { work->complete(python_error(error)); };
+    op->on_done = [work, kept = flat.tensor()](std::exception_ptr error) {
+      work->complete(python_error(error));
+    };
     rings_->post(op);
     return work;
   });
@@ -75,12 +80,14 @@ ProcessGroup::WorkPtr ProcessGroup::launch_recv(Tensors& tensors, int src, int t
     int source = kAnySource;
     if (rings_->try_recv(src, tag, flat->data(), flat->tensor().nbytes(), movable_dtype(tensor), &source)) {
       flat->write_back();
-      auto work = c10::make_intrusive<ReceivedWork>(source, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
+      auto work =
+          c10::make_intrusive<ReceivedWork>(source, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
       work->complete();
       return work;
     }
     auto op = make_op(false, src, tag, flat->tensor(), deadline(c10d::kUnsetTimeout));
-    auto work = c10::make_intrusive<RingWork>(*rings_, op, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
+    auto work =
+        c10::make_intrusive<RingWork>(*rings_, op, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
     op->on_done = [work, original = tensor, received = flat->tensor()](std::exception_ptr error) {
       if (!error && !received.is_same(original)) {
         at::NoGradGuard no_grad;
@@ -94,7 +101,8 @@ ProcessGroup::WorkPtr ProcessGroup::launch_recv(Tensors& tensors, int src, int t
 }
 
 ProcessGroup::WorkPtr ProcessGroup::recv(Tensors& tensors, int src, int tag) {
-  if (src == kAnySource) with_python_errors([] { refuse("recv: -1 is not a rank; use recv without src for any source"); });
+  if (src == kAnySource)
+    with_python_errors([] { refuse("recv: -1 is not a rank; use recv without src for any source"); });
   return launch_recv(tensors, src, tag);
 }
 

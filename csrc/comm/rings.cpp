@@ -212,7 +212,9 @@ void Rings::post(const std::shared_ptr<RingOp>& op) {
 void Rings::check_fits(const RingOp& op, int src, size_t bytes, DType dtype) const {
   const bool same_type = op.dtype == dtype || op.dtype == DType::bytes || dtype == DType::bytes;
   if (op.bytes == bytes && same_type) return;
-  auto elements = [](size_t n, DType t) { return std::string(name_of(t)) + "[" + std::to_string(n / item_size(t)) + "]"; };
+  auto elements = [](size_t n, DType t) {
+    return std::string(name_of(t)) + "[" + std::to_string(n / item_size(t)) + "]";
+  };
   throw PeerError("group '" + comm_.name() + "': " + comm_.rank_text(src) + " sent " + elements(bytes, dtype) + " (" +
                   std::to_string(bytes) + " bytes, tag " + std::to_string(op.tag) + ") to " + comm_.rank_text(me_) +
                   ", which receives " + elements(op.bytes, op.dtype) + " (" + std::to_string(op.bytes) +

@@ -2,8 +2,8 @@
 //
 // One ring of slots per ordered pair, in the receiver's segment: the sender pushes, the receiver polls only its own
 // memory. A slot is a header of one cache line (sequence number, published last; tag, sizes; small payloads ride in it)
-// and a chunk of data. Credits come back as one counter per pair in the *sender's* segment. Messages of a pair travel in
-// the order of their sends, chunk by chunk, so that a message may be larger than the ring.
+// and a chunk of data. Credits come back as one counter per pair in the *sender's* segment. Messages of a pair travel
+// in the order of their sends, chunk by chunk, so that a message may be larger than the ring.
 //
 // Matching is MPI's: by source (or any) and tag, in order. The head of a ring that no posted receive wants stays where
 // it is until a receive from that source with another tag is posted; then it moves to the heap, so that no tag blocks

@@ -6,7 +6,9 @@
 
 namespace pypar {
 
-void refuse(const std::string& why) { throw ArgumentError("pypar: " + why); }
+void refuse(const std::string& why) {
+  throw ArgumentError("pypar: " + why);
+}
 
 namespace {
 

@@ -22,7 +22,9 @@ void check_dense(const char* what, const at::Tensor& tensor);
 void check_same(const char* what, const char* name, const at::Tensor& tensor, const at::Tensor& like);
 [[noreturn]] void refuse(const std::string& why);
 
-inline int64_t bytes_of(const at::Tensor& tensor) { return static_cast<int64_t>(tensor.nbytes()); }
+inline int64_t bytes_of(const at::Tensor& tensor) {
+  return static_cast<int64_t>(tensor.nbytes());
+}
 
 // A contiguous tensor to read or to write in the place of `tensor`; write_back() copies to `tensor` what was written.
 class Flat {

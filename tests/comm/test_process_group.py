@@ -67,7 +67,9 @@ def check_all_reduce(rank: int, world: int) -> None:
     equal(pairs, expected, "all_reduce of complex")
     strided = values(rank, (6, 8), torch.float32).t()
     dist.all_reduce(strided)
-    equal(strided, torch.stack(all_values(world, (6, 8), torch.float32)).sum(0).t(), "all_reduce of a transposed tensor")
+    equal(
+        strided, torch.stack(all_values(world, (6, 8), torch.float32)).sum(0).t(), "all_reduce of a transposed tensor"
+    )
     several = [values(rank, (i,), torch.float32, i) for i in (3, 0, 7)]
     dist.all_reduce_coalesced(several)
     for i, tensor in zip((3, 0, 7), several, strict=True):
@@ -101,7 +103,9 @@ def check_moves(rank: int, world: int) -> None:
             for out, expected in zip(outs or [], everyone, strict=False):
                 equal(out, expected, f"gather {what}")
             out = torch.empty_like(everyone[0])
-            dist.scatter(out, [t + root if dtype != torch.bool else t for t in everyone] if rank == root else None, root)
+            dist.scatter(
+                out, [t + root if dtype != torch.bool else t for t in everyone] if rank == root else None, root
+            )
             equal(out, everyone[rank] + root if dtype != torch.bool else everyone[rank], f"scatter {what}")
         outs = [torch.empty_like(everyone[0]) for _ in range(world)]
         dist.all_gather(outs, values(rank, shape, dtype))
@@ -114,7 +118,7 @@ def check_moves(rank: int, world: int) -> None:
 
 
 def check_scatters(rank: int, world: int) -> None:
-    for dtype, n in itertools.product(FLOATS + [torch.int32], [0, 1, 5, 4096, 300_001]):
+    for dtype, n in itertools.product([*FLOATS, torch.int32], [0, 1, 5, 4096, 300_001]):
         shards = [[values(src, (n,), dtype, dst) for dst in range(world)] for src in range(world)]
         expected = torch.stack([shards[src][rank] for src in range(world)]).sum(0, dtype=dtype)
         out = torch.empty(n, dtype=dtype)
@@ -395,9 +399,10 @@ def through_autograd(rank: int, world: int) -> None:
 
         @staticmethod
         def backward(ctx, grad):
-            return torch.ops._c10d_functional.all_reduce(
-                torch.ones(3 + rank), "sum", dist.group.WORLD.group_name
-            ).sum() + grad
+            return (
+                torch.ops._c10d_functional.all_reduce(torch.ones(3 + rank), "sum", dist.group.WORLD.group_name).sum()
+                + grad
+            )
 
     x = torch.ones(1, requires_grad=True)
     with pytest.raises(pypar.errors.PeerError, match="disagree"):

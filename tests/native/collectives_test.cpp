@@ -45,7 +45,7 @@ void run_rank(std::unique_ptr<Mesh> mesh) {
   const int rank = comm.rank();
   std::mt19937 random(seed);  // the same on every rank: the ranks make the same calls
   const int64_t sizes[] = {0, 1, 7, 8, 9, 100, 4096, 16384, 16385, 65536, 262144, 300001, 700003};
-  constexpr int64_t kWindowItems = 700003;
+  constexpr int64_t kWindowItems = 700100;
   Segment memory = Segment::create(kWindowItems * sizeof(float));
   auto window = comm.rendezvous(memory.fd(), memory.data(), memory.bytes(), Deadline::after(std::chrono::seconds(60)));
   auto* symmetric = reinterpret_cast<float*>(memory.data());
@@ -110,23 +110,22 @@ void run_rank(std::unique_ptr<Mesh> mesh) {
       }
       case 3: {
         std::vector<int64_t> send(static_cast<size_t>(world)), recv(static_cast<size_t>(world));
-        std::vector<std::vector<float>> in, out;
+        std::vector<std::vector<float>> out;
         std::vector<const void*> ins;
         std::vector<void*> outs;
         auto items = [&](int s, int d) {
           return n / world + (s * 3 + d * 5) % 4 * (n > 100);
         };
+        std::vector<float> spare(static_cast<size_t>(n + 100));
+        float* next = use_window ? symmetric : spare.data();
         for (int r = 0; r < world; ++r) {
           send[static_cast<size_t>(r)] = items(rank, r) * 4;
           recv[static_cast<size_t>(r)] = items(r, rank) * 4;
-          in.emplace_back(static_cast<size_t>(items(rank, r) + 1));
           out.emplace_back(static_cast<size_t>(items(r, rank) + 1));
-          for (int64_t i = 0; i < items(rank, r); ++i) in.back()[static_cast<size_t>(i)] = value(call + r, rank, i);
+          ins.push_back(next);
+          for (int64_t i = 0; i < items(rank, r); ++i) *next++ = value(call + r, rank, i);
         }
-        for (int r = 0; r < world; ++r) {
-          ins.push_back(in[static_cast<size_t>(r)].data());
-          outs.push_back(out[static_cast<size_t>(r)].data());
-        }
+        for (auto& part : out) outs.push_back(part.data());
         comm.all_to_all(ins.data(), send.data(), outs.data(), recv.data(), deadline, DType::f32);
         for (int r = 0; r < world; ++r) {
           for (int64_t i = 0; i < items(r, rank); ++i) {
