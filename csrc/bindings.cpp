@@ -53,6 +53,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }),
            py::arg("store"), py::arg("rank"), py::arg("size"), py::arg("name"), py::arg("timeout"),
            py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly(
+          "options",
+          [](pypar::ProcessGroup& self) {
+            return c10::static_intrusive_pointer_cast<pypar::ProcessGroup::Options>(self.getBackendOptions());
+          })
+      .def("_set_default_timeout", &pypar::ProcessGroup::setTimeout, py::arg("timeout"))
       .def_property_readonly("hosts", &pypar::ProcessGroup::hosts, "ranks of the group by host")
       .def_property_readonly("spans_hosts", &pypar::ProcessGroup::spans_hosts)
       .def_property_readonly(

@@ -1,0 +1,160 @@
+"""Groups whose ranks share no memory with all others: PYPAR_NODE_ID makes several "hosts" of this machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pypar import backend
+from pypar.testing import run_ranks
+
+pytestmark = pytest.mark.skipif(not backend.available(), reason="needs the compiled extension")
+
+
+def start(rank: int, world: int, folder: str, nodes: str) -> list[list[int]]:
+    os.environ["PYPAR_NODE_ID"] = nodes[rank]
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("pypar", store=store, rank=rank, world_size=world)
+    return dist.group.WORLD._get_backend(torch.device("cpu")).hosts
+
+
+def values(rank: int, n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 4, (n,), generator=torch.Generator().manual_seed(seed * 97 + rank)).to(dtype)
+
+
+def equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected), f"{what}: {actual} != {expected}"
+
+
+def check_reductions(rank: int, world: int) -> None:
+    types = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int16, torch.int64, torch.uint8]
+    for dtype in types:
+        for n in (0, 1, 7, 20_011):  # below and above what one leader sends for its host
+            everyone = torch.stack([values(r, n, dtype) for r in range(world)])
+            for op, expected in (
+                (dist.ReduceOp.SUM, everyone.sum(0, dtype=dtype)),
+                (dist.ReduceOp.MAX, everyone.amax(0)),
+            ):
+                tensor = values(rank, n, dtype)
+                dist.all_reduce(tensor, op)
+                equal(tensor, expected, f"all_reduce {op} {dtype} {n}")
+            tensor = values(rank, n, dtype)
+            dist.reduce(tensor, world - 1)
+            equal(tensor, everyone.sum(0, dtype=dtype) if rank == world - 1 else everyone[rank], f"reduce {dtype} {n}")
+            shards = torch.stack([torch.cat([values(r, n, dtype, d) for d in range(world)]) for r in range(world)])
+            out = torch.empty(n, dtype=dtype)
+            dist.reduce_scatter_tensor(out, shards[rank].clone())
+            expected = shards.sum(0, dtype=dtype).view(world, n)[rank]
+            equal(out, expected, f"reduce_scatter_tensor {dtype} {n}")
+            out = torch.empty(n, dtype=dtype)
+            dist.reduce_scatter(out, list(shards[rank].view(world, n)))
+            equal(out, expected, f"reduce_scatter {dtype} {n}")
+    tensor = torch.full((40_000,), float(rank))
+    dist.all_reduce(tensor, dist.ReduceOp.AVG)
+    torch.testing.assert_close(tensor, torch.full((40_000,), sum(range(world)) / world))
+    mask = torch.tensor([rank == 0, False])
+    dist.all_reduce(mask)
+    equal(mask, torch.tensor([True, False]), "bool")
+    # A sum of half types is rounded once, also when it crosses hosts: 2048 + 1 + 1 + ... is lost one at a time.
+    tensor = torch.full((20_000,), 2048.0 if rank == 0 else 1.0, dtype=torch.float16)
+    dist.all_reduce(tensor)
+    equal(tensor, torch.full((20_000,), 2048.0 + world - 1, dtype=torch.float32).to(torch.float16), "float16")
+
+
+def check_moves(rank: int, world: int) -> None:
+    for dtype in (torch.float32, torch.int64, torch.bool):
+        for n in (1, 5, 9_001):
+            everyone = [values(r, n, dtype) for r in range(world)]
+            for root in range(world):
+                tensor = everyone[rank].clone()
+                dist.broadcast(tensor, root)
+                equal(tensor, everyone[root], f"broadcast {dtype} {n} from {root}")
+            out = torch.empty(world * n, dtype=dtype)
+            dist.all_gather_into_tensor(out, everyone[rank])
+            equal(out, torch.cat(everyone), f"all_gather_into_tensor {dtype} {n}")
+            outs = [torch.empty(n, dtype=dtype) for _ in range(world)]
+            dist.all_gather(outs, everyone[rank])
+            equal(torch.stack(outs), torch.stack(everyone), f"all_gather {dtype} {n}")
+            outs = [torch.empty(n, dtype=dtype) for _ in range(world)] if rank == 1 else None
+            dist.gather(everyone[rank], outs, 1)
+            if outs:
+                equal(torch.stack(outs), torch.stack(everyone), f"gather {dtype} {n}")
+            out = torch.empty(n, dtype=dtype)
+            dist.scatter(out, everyone if rank == 1 else None, 1)
+            equal(out, everyone[rank], f"scatter {dtype} {n}")
+            if dtype != torch.bool:
+                out = torch.empty(world * n, dtype=dtype)
+                dist.all_to_all_single(out, torch.cat([values(rank, n, dtype, d) for d in range(world)]))
+                equal(out, torch.cat([values(r, n, dtype, rank) for r in range(world)]), f"all_to_all {dtype} {n}")
+    box = [None] * world
+    dist.all_gather_object(box, f"rank {rank}")
+    assert box == [f"rank {r}" for r in range(world)]
+
+
+def check_messages(rank: int, world: int) -> None:
+    out = torch.empty(1000)
+    ops = [
+        dist.P2POp(dist.isend, torch.full((1000,), float(rank)), (rank + 1) % world),
+        dist.P2POp(dist.irecv, out, (rank - 1) % world),
+    ]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    assert (out == (rank - 1) % world).all()
+
+
+def check_async(rank: int, world: int) -> None:
+    tensors = [torch.full((i * 5000 + 1,), float(rank)) for i in range(8)]
+    works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+    dist.barrier()
+    assert all(work.is_completed() for work in works)
+    for tensor in tensors:
+        assert (tensor == sum(range(world))).all()
+
+
+def all_checks(rank: int, world: int, folder: str, nodes: str) -> None:
+    hosts = start(rank, world, folder, nodes)
+    expected: dict[str, list[int]] = {}
+    for r, node in enumerate(nodes):
+        expected.setdefault(node, []).append(r)
+    assert hosts == list(expected.values())
+    check_reductions(rank, world)
+    check_moves(rank, world)
+    check_messages(rank, world)
+    check_async(rank, world)
+    mine = dist.new_group(hosts[[rank in host for host in hosts].index(True)], use_local_synchronization=True)
+    assert not mine._get_backend(torch.device("cpu")).spans_hosts
+    tensor = torch.ones(3)
+    dist.all_reduce(tensor, group=mine)
+    assert tensor[0].item() == mine.size()
+    dist.barrier()
+
+
+@pytest.mark.parametrize("nodes", ["aabb", "abab", "aab", "ab"])
+def test_several_hosts(nodes, tmp_path):
+    run_ranks(all_checks, len(nodes), str(tmp_path), nodes, backend="none")
+
+
+def train(rank: int, world: int, folder: str, nodes: str) -> torch.Tensor:
+    start(rank, world, folder, nodes)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = torch.randn(world * 4, 64, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        model(data[rank * 4 : rank * 4 + 4]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_data_parallel_over_hosts_is_data_parallel(tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "one").mkdir()
+    two = run_ranks(train, 4, str(tmp_path / "two"), "aabb", backend="none")
+    one = run_ranks(train, 4, str(tmp_path / "one"), "aaaa", backend="none")
+    for weights in two:
+        assert torch.equal(weights, two[0]), "ranks differ"
+        torch.testing.assert_close(weights, one[0])
