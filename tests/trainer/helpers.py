@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The process group of the tests; to become "pypar" with the compiled extension.
+# The process group of the tests.
 BACKEND = "pypar"
 
 
