@@ -208,6 +208,16 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
     Call call(*this, Op::all_gather, dtype, ReduceOp::none, static_cast<uint64_t>(total) / item_size(dtype),
               hash_sizes(bytes, world()), deadline);
     const int me = call.me, world = call.world;
+    const int64_t largest = *std::max_element(bytes, bytes + world);
+    if (largest <= static_cast<int64_t>(kInlineBytes)) {
+      copy_bytes(call.header.payload, in, static_cast<size_t>(own));
+      const uint32_t round = call.next();
+      call.agree(round);
+      for (int r = 0; r < world; ++r) {
+        copy_bytes(outs[r], r == me ? call.header.payload : call.line(r, round).payload, static_cast<size_t>(bytes[r]));
+      }
+      return;
+    }
     bool contiguous = true;
     int64_t before_me = 0;
     for (int64_t r = 0, at = 0; r < world; at += bytes[r], ++r) {
@@ -216,7 +226,6 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
     }
     const uint64_t window = contiguous ? call.window_of(outs[0], static_cast<size_t>(total)) : 0;
     const auto chunk = static_cast<int64_t>(slot_bytes_);
-    const int64_t largest = *std::max_element(bytes, bytes + world);
     auto part = [&](int64_t c, int r) {
       return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk));
     };

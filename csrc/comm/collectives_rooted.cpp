@@ -41,8 +41,14 @@ void Communicator::broadcast(void* data, int64_t bytes, int root, Deadline deadl
         [&](int64_t c, uint32_t round) {
           if (me != root) copy_bytes(offset(data, c * chunk), call.slot(root, round), part(c));
         },
-        [&](uint64_t agreed) {
-          if (me != root) copy_bytes(data, call.at(agreed, root), static_cast<size_t>(bytes));
+        [&](uint64_t agreed) {  // the root pushes its part to all while they pull the rest: nobody idles
+          const int64_t pushed = bytes / call.world / kCacheLineBytes * kCacheLineBytes;
+          if (me != root) {
+            copy_bytes(offset(data, pushed), call.at(agreed, root) + pushed, static_cast<size_t>(bytes - pushed));
+          }
+          for (int r = 0; me == root && r < call.world; ++r) {
+            if (r != root) copy_bytes(call.at(agreed, r), data, static_cast<size_t>(pushed));
+          }
         });
   });
 }
