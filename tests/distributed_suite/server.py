@@ -3,7 +3,7 @@
 Importing torch three times per test is what makes the suite slow (19 minutes on gloo); a fork costs milliseconds. This
 process stays single-threaded and starts no process group, so that a fork of it is as good as a fresh process.
 
-Reads one JSON object per line {"test", "limit_s"}, answers one per line {"codes", "output", "seconds"}; the first line
+Reads one JSON object per line {"test", "world_size", "limit_s"}, answers one per line {"codes", "output", "seconds"}; the first line
 it writes says {"tests": {name: decorators}}.
 
 Methods are called directly, so that unittest's skip marks, which ask for backends by name ("only gloo", "only MPI"), do
@@ -26,7 +26,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-WORLD_SIZE = 3
 SUITE = "torch.testing._internal.distributed.distributed_test"
 
 
@@ -50,11 +49,24 @@ def decorators_of(tests: Any) -> dict[str, str]:
     return found
 
 
+class CpuBackend(str):
+    """The name of a backend, also where the suite says "gloo" and means: one that takes CPU tensors."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == "gloo"
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
 def adopt(backend: str) -> None:
     """Names `backend` where the suite and torch list backends by name for what they can do."""
     import torch.distributed as dist
 
-    suite = sys.modules[SUITE]
+    suite: Any = sys.modules[SUITE]
+    suite.BACKEND = CpuBackend(backend)
     for names in ("PROFILING_SUPPORTED_BACKENDS", "SEND_RECV_PROFILING_SUPPORTED_BACKENDS"):
         getattr(suite, names).append(backend)
 
@@ -67,11 +79,18 @@ def adopt(backend: str) -> None:
             timeout = timedelta(seconds=timeout)
         group.monitored_barrier(timeout or timedelta(minutes=30), wait_all_ranks=wait_all_ranks)
 
+    def logging_data(self):
+        # DDP's log calls every backend that c10d doesn't ship "custom".
+        return {k: backend if (k, v) == ("backend_name", "custom") else v for k, v in original(self).items()}
+
     if backend != "gloo":
         dist.monitored_barrier = monitored_barrier
+        original = suite.DistributedDataParallel._get_ddp_logging_data
+        suite.DistributedDataParallel._get_ddp_logging_data = logging_data
 
 
-def run_rank(tests: Any, rank: int, test: str, folder: Path, pipe: Any) -> int:
+def run_rank(tests: Any, rank: int, world_size: int, test: str, folder: Path, pipe: Any) -> int:
+    os.environ["WORLD_SIZE"] = str(world_size)
     os.environ["TEMP_DIR"] = str(folder)
     os.environ["INIT_METHOD"] = f"file://{folder}/init_dir/shared_init_file"
     sys.modules[SUITE].INIT_METHOD = os.environ["INIT_METHOD"]  # type: ignore[attr-defined]
@@ -85,7 +104,7 @@ def run_rank(tests: Any, rank: int, test: str, folder: Path, pipe: Any) -> int:
     return 0
 
 
-def run_test(tests: Any, test: str, limit_s: float) -> dict[str, Any]:
+def run_test(tests: Any, test: str, world_size: int, limit_s: float) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pypar_suite_") as name:
         folder = Path(name)
@@ -93,7 +112,7 @@ def run_test(tests: Any, test: str, limit_s: float) -> dict[str, Any]:
             (folder / sub).mkdir()
         pids: dict[int, int] = {}
         pipes = []
-        for rank in range(WORLD_SIZE):
+        for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe()
             pid = os.fork()
             if pid == 0:
@@ -102,7 +121,7 @@ def run_test(tests: Any, test: str, limit_s: float) -> dict[str, Any]:
                     output = os.open(folder / f"output.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                     os.dup2(output, 1)
                     os.dup2(output, 2)
-                    code = run_rank(tests, rank, test, folder, theirs)
+                    code = run_rank(tests, rank, world_size, test, folder, theirs)
                     sys.stdout.flush()
                     sys.stderr.flush()
                 finally:
@@ -110,8 +129,8 @@ def run_test(tests: Any, test: str, limit_s: float) -> dict[str, Any]:
             theirs.close()
             pids[pid] = rank
             pipes.append(ours)
-        codes: list[int | None] = [None] * WORLD_SIZE
-        errors = [""] * WORLD_SIZE
+        codes: list[int | None] = [None] * world_size
+        errors = [""] * world_size
         first_failure = 0.0
         while pids:
             for pid in list(pids):
@@ -133,7 +152,7 @@ def run_test(tests: Any, test: str, limit_s: float) -> dict[str, Any]:
             time.sleep(0.005)
         output = ""
         if any(codes):
-            for rank in range(WORLD_SIZE):
+            for rank in range(world_size):
                 text = (folder / f"output.{rank}").read_text(errors="replace")
                 output += f"--- rank {rank}, exit code {codes[rank]}\n{errors[rank]}\n{text[-6000:]}\n"
     return {"codes": codes, "output": output, "seconds": round(time.monotonic() - started, 2)}
@@ -144,7 +163,7 @@ def main(backend: str) -> None:
     os.dup2(2, 1)
     os.environ.update(
         BACKEND=backend,
-        WORLD_SIZE=str(WORLD_SIZE),
+        WORLD_SIZE="3",
         INIT_METHOD="file:///set/by/each/test",
         MASTER_ADDR="127.0.0.1",
         OMP_NUM_THREADS="1",
@@ -156,7 +175,7 @@ def main(backend: str) -> None:
     print(json.dumps({"tests": decorators_of(tests)}), file=protocol, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(run_test(tests, request["test"], request["limit_s"])), file=protocol, flush=True)
+        print(json.dumps(run_test(tests, **request)), file=protocol, flush=True)
 
 
 if __name__ == "__main__":
