@@ -140,7 +140,9 @@ def test_several_hosts(nodes, tmp_path):
 def train(rank: int, world: int, folder: str, nodes: str) -> torch.Tensor:
     start(rank, world, folder, nodes)
     torch.manual_seed(0)
-    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 1)))
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 1))
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = torch.randn(world * 4, 64, generator=torch.Generator().manual_seed(1))
     for _ in range(3):

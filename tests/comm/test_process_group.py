@@ -180,11 +180,11 @@ def check_async(rank: int, world: int) -> None:
         works.append(dist.all_reduce(tensors[-1], async_op=True))
     last = torch.ones(3)
     dist.all_reduce(last)  # blocking, behind the queue
-    assert all(work.is_completed() for work in works), "a blocking call overtook the queue"
-    for i, (work, tensor) in enumerate(zip(works, tensors, strict=True)):
-        work.wait()
-        assert work.is_success() and work.exception() is None
+    for i, tensor in enumerate(tensors):  # before any wait(): the blocking call came last
         equal(tensor, torch.full_like(tensor, sum(range(world)) + world * i), f"async all_reduce {i}")
+    for work in works:
+        work.wait()
+        assert work.is_completed() and work.is_success() and work.exception() is None
     work = dist.all_reduce(torch.full((4,), float(rank)), async_op=True)
     future = work.get_future().then(lambda f: f.value()[0] * 2)
     equal(future.wait(), torch.full((4,), 2.0 * sum(range(world))), "a future of all_reduce")

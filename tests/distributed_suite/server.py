@@ -3,8 +3,8 @@
 Importing torch three times per test is what makes the suite slow (19 minutes on gloo); a fork costs milliseconds. This
 process stays single-threaded and starts no process group, so that a fork of it is as good as a fresh process.
 
-Reads one JSON object per line {"test", "world_size", "limit_s"}, answers one per line {"codes", "output", "seconds"}; the first line
-it writes says {"tests": {name: decorators}}.
+Reads one JSON object per line {"test", "world_size", "limit_s"}, answers one per line {"codes", "output", "seconds"};
+the first line it writes says {"tests": {name: decorators}}.
 
 Methods are called directly, so that unittest's skip marks, which ask for backends by name ("only gloo", "only MPI"), do
 not count: skips.txt decides what can't run, and why. What a test asks in its body (GPUs, world size) still ends it with
