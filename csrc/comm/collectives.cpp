@@ -168,6 +168,19 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
       contiguous = contiguous && (counts[r] == 0 || ins[r] == offset(ins[0], at * item));
       if (r == me) before_me = at;
     }
+    if (total * item <= static_cast<int64_t>(kInlineBytes)) {  // everybody's whole input, in the header's line
+      auto* payload = reinterpret_cast<std::byte*>(call.header.payload);
+      for (int64_t r = 0, at = 0; r < world; at += counts[r], ++r) {
+        copy_bytes(payload + at * item, ins[r], static_cast<size_t>(counts[r] * item));
+      }
+      const uint32_t round = call.next();
+      call.agree(round);
+      for (int r = 0; r < world; ++r) {
+        srcs[static_cast<size_t>(r)] =
+            offset(r == me ? call.header.payload : call.line(r, round).payload, before_me * item);
+      }
+      return reduce_rows(out, srcs.data(), world, own, dtype, op);
+    }
     const uint64_t window = contiguous ? call.window_of(ins[0], static_cast<size_t>(total * item)) : 0;
     const int64_t per = static_cast<int64_t>(slot_bytes_) / (world - 1) / kCacheLineBytes * kCacheLineBytes / item;
     const int64_t largest = *std::max_element(counts, counts + world);
