@@ -98,5 +98,6 @@ def test_one_stem_through_every_folder(op):
 
 def test_files_stay_small():
     sources = [p for d, e in (("pypar", "*.py"), ("csrc", "*.cpp"), ("csrc", "*.h")) for p in (ROOT / d).rglob(e)]
-    long = {str(p.relative_to(ROOT)): n for p in sources if (n := len(p.read_text().splitlines())) > 420}
-    assert not long, f"over 400 lines: split, or say at the top why not: {long}"
+    lines = {str(p.relative_to(ROOT)): p.read_text().splitlines() for p in sources}
+    long = {name: len(text) for name, text in lines.items() if len(text) > 400 and "// Long, because" not in text[0]}
+    assert not long, f"over 400 lines: split, or begin with '// Long, because ...': {long}"

@@ -1,3 +1,4 @@
+// Long, because c10d has some twenty collectives and each is one short method here.
 // The collectives of the process group: checks, contiguous memory, and the call of the core.
 //
 // Tensors are captured by value: a queued call outlives its caller. What a Flat copied is written back in the same

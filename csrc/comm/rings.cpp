@@ -1,3 +1,4 @@
+// Long, because matching, credits and progress keep one invariant under one lock; apart they would share it all.
 #include "comm/rings.h"
 
 #include <algorithm>
