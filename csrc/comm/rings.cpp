@@ -12,7 +12,7 @@ namespace pypar {
 
 namespace {
 
-constexpr uint32_t kRingSlots = 16;  // a power of two: sequence numbers wrap
+constexpr uint32_t kRingSlots = 32;  // a power of two: sequence numbers wrap
 constexpr size_t kHeaderBytes = 64u << 10;
 constexpr size_t kInlineMessageBytes = 32;
 constexpr uint32_t kCreditSlots = kRingSlots / 4;  // a credit is a line that moves between cores: give several at once

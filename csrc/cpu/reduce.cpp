@@ -78,8 +78,37 @@ void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count
   reduce_rows(&dst, 1, srcs, num_srcs, count, dtype, op);
 }
 
+namespace {
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void copy_avx2(std::byte* dst, const std::byte* src, size_t bytes) {
+  using Vector = char __attribute__((vector_size(32), aligned(1), may_alias));
+  size_t i = 0;
+  for (; i + 128 <= bytes; i += 128) {
+    const auto* from = reinterpret_cast<const Vector*>(src + i);
+    auto* to = reinterpret_cast<Vector*>(dst + i);
+    const Vector a = from[0], b = from[1], c = from[2], d = from[3];
+    to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+  }
+  if (i < bytes) std::memcpy(dst + i, src + i, bytes - i);
+}
+#endif
+
+// From here to about the size of a core's L2, glibc's memcpy is `rep movsb`, which is slow on lines that another core
+// holds: 256 KiB through a ring took 200 us with it, 16 us with this loop (2 cores of an EPYC, Zen 3; 2026-11-23).
+constexpr size_t kOwnLoopBytes = 64 << 10;
+
+}  // namespace
+
 void copy_bytes(void* dst, const void* src, size_t bytes) {
-  if (dst != src && bytes != 0) std::memcpy(dst, src, bytes);
+  if (dst == src || bytes == 0) return;
+#if defined(__x86_64__)
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (bytes >= kOwnLoopBytes && avx2) {
+    return copy_avx2(static_cast<std::byte*>(dst), static_cast<const std::byte*>(src), bytes);
+  }
+#endif
+  std::memcpy(dst, src, bytes);
 }
 
 }  // namespace pypar

@@ -63,26 +63,59 @@ def test_checker_finds_what_goes_wrong_without_a_rule(relacy, model, mutation, f
     assert (done.returncode, done.stdout.strip()) == (1, fault)
 
 
+SANITIZED = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-Icsrc/include"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_sanitizer(tmp_path, sanitizer):
     program = build(
-        tmp_path / "collectives",
-        f"-fsanitize={sanitizer}",
-        "-std=c++20",
-        "-O1",
-        "-g1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Icsrc",
-        "-Icsrc/include",
-        *CORE,
-        "tests/native/collectives_test.cpp",
+        tmp_path / "collectives", f"-fsanitize={sanitizer}", *SANITIZED, *CORE, "tests/native/collectives_test.cpp"
     )
     for world in (2, 3, 4):
         done = subprocess.run([program, str(world), "120", str(world)], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-5000:] + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizer_on_messages(tmp_path, sanitizer):
+    program = build(
+        tmp_path / "rings",
+        f"-fsanitize={sanitizer}",
+        *SANITIZED,
+        *CORE,
+        "csrc/comm/rings.cpp",
+        "tests/native/rings_test.cpp",
+    )
+    for world in (2, 3, 4):
+        done = subprocess.run([program, str(world), "18", str(world)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-5000:] + done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "broken"),
+    [
+        ("(head.sequence).exchange(sequence, std::memory_order_seq_cst)", "(head.sequence).store(sequence, {relaxed})"),
+        ("(head.sequence).load(std::memory_order_seq_cst) != next", "(head.sequence).load({relaxed}) != next"),
+        ("(word).exchange(in.consumed, std::memory_order_seq_cst)", "(word).store(in.consumed + 1, {relaxed})"),
+    ],
+    ids=["relaxed publish", "relaxed wait", "a credit too many"],
+)
+def test_sanitizer_finds_what_goes_wrong_in_messages_without_a_rule(tmp_path, rule, broken):
+    source = (ROOT / "csrc/comm/rings.cpp").read_text()
+    assert source.count(rule) == 1
+    mutant = tmp_path / "rings.cpp"
+    mutant.write_text(source.replace(rule, broken.format(relaxed="std::memory_order_relaxed")))
+    program = build(
+        tmp_path / "mutant", "-fsanitize=thread", *SANITIZED, *CORE, str(mutant), "tests/native/rings_test.cpp"
+    )
+    for attempt in range(5):
+        done = subprocess.run([program, "2", "18", str(attempt)], capture_output=True, text=True, timeout=200)
+        if "data race" in done.stderr:
+            return
+    pytest.fail(f"no data race was reported: {done.stdout}{done.stderr[-2000:]}")
 
 
 def test_ten_thousand_calls_with_stalls(tmp_path):
