@@ -153,9 +153,9 @@ void endings(Rank& rank) {
   EXPECT(rank.rings->cancel(withdrawn, "no more"));
   EXPECT(withdrawn->state == RingOp::failed);
   rank.communicator->barrier({});
-  auto never = rank.post(false, (rank.me + 1) % rank.world, 4001, bytes);
   bool raised = false;
   try {
+    auto never = rank.post(false, (rank.me + 1) % rank.world, 4001, bytes);  // raises, too, if the others were quicker
     if (rank.me == 0) rank.send(1, 4002, bytes);
     if (rank.me == 1) rank.recv(0, 4002, longer);
     rank.rings->wait(never);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 CORE = [
     f"csrc/comm/{f}.cpp" for f in ("bootstrap", "segment", "types", "communicator", "collectives", "collectives_rooted")
 ] + [f"csrc/cpu/{f}.cpp" for f in ("reduce", "reduce_plain", "reduce_avx2", "reduce_avx512")]
+RINGS = ["csrc/comm/rings.cpp"]
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ on this machine")
 
@@ -63,59 +65,67 @@ def test_checker_finds_what_goes_wrong_without_a_rule(relacy, model, mutation, f
     assert (done.returncode, done.stdout.strip()) == (1, fault)
 
 
-SANITIZED = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-Icsrc/include"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
+
+
+@pytest.fixture(scope="session")
+def sanitized(tmp_path_factory):
+    """sanitizer -> the objects of the core, compiled once."""
+    cache: dict[str, list[str]] = {}
+
+    def objects(sanitizer: str) -> list[str]:
+        if sanitizer not in cache:
+            folder = tmp_path_factory.mktemp("core")
+            command = [COMPILER, "-c", f"-fsanitize={sanitizer}", *FLAGS, *(str(ROOT / f) for f in CORE)]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            cache[sanitizer] = [str(path) for path in folder.glob("*.o")]
+        return cache[sanitizer]
+
+    return objects
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizer(tmp_path, sanitizer):
-    program = build(
-        tmp_path / "collectives", f"-fsanitize={sanitizer}", *SANITIZED, *CORE, "tests/native/collectives_test.cpp"
-    )
+@pytest.mark.parametrize(
+    ("sources", "calls"),
+    [(["tests/native/collectives_test.cpp"], 120), ([*RINGS, "tests/native/rings_test.cpp"], 18)],
+    ids=["collectives", "messages"],
+)
+def test_sanitizer(tmp_path, sanitized, sanitizer, sources, calls):
+    program = build(tmp_path / "program", f"-fsanitize={sanitizer}", *FLAGS, *sources, *sanitized(sanitizer))
     for world in (2, 3, 4):
-        done = subprocess.run([program, str(world), "120", str(world)], capture_output=True, text=True, timeout=200)
+        command = [program, str(world), str(calls), str(world)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-5000:] + done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_sanitizer_on_messages(tmp_path, sanitizer):
-    program = build(
-        tmp_path / "rings",
-        f"-fsanitize={sanitizer}",
-        *SANITIZED,
-        *CORE,
-        "csrc/comm/rings.cpp",
-        "tests/native/rings_test.cpp",
-    )
-    for world in (2, 3, 4):
-        done = subprocess.run([program, str(world), "18", str(world)], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-5000:] + done.stdout
-
-
-@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("rule", "broken"),
     [
-        ("(head.sequence).exchange(sequence, std::memory_order_seq_cst)", "(head.sequence).store(sequence, {relaxed})"),
-        ("(head.sequence).load(std::memory_order_seq_cst) != next", "(head.sequence).load({relaxed}) != next"),
-        ("(word).exchange(in.consumed, std::memory_order_seq_cst)", "(word).store(in.consumed + 1, {relaxed})"),
+        ("(head.sequence).exchange(sequence, {strong})", "(head.sequence).store(sequence, {relaxed})"),
+        ("(head.sequence).load({strong}) != next", "(head.sequence).load({relaxed}) != next"),
+        ("(word).exchange(in.consumed, {strong})", "(word).exchange(in.consumed + 1, {strong})"),
     ],
     ids=["relaxed publish", "relaxed wait", "a credit too many"],
 )
-def test_sanitizer_finds_what_goes_wrong_in_messages_without_a_rule(tmp_path, rule, broken):
-    source = (ROOT / "csrc/comm/rings.cpp").read_text()
-    assert source.count(rule) == 1
-    mutant = tmp_path / "rings.cpp"
-    mutant.write_text(source.replace(rule, broken.format(relaxed="std::memory_order_relaxed")))
-    program = build(
-        tmp_path / "mutant", "-fsanitize=thread", *SANITIZED, *CORE, str(mutant), "tests/native/rings_test.cpp"
-    )
-    for attempt in range(5):
-        done = subprocess.run([program, "2", "18", str(attempt)], capture_output=True, text=True, timeout=200)
-        if "data race" in done.stderr:
-            return
-    pytest.fail(f"no data race was reported: {done.stdout}{done.stderr[-2000:]}")
+def test_sanitizer_finds_messages_that_break_a_rule(tmp_path, sanitized, rule, broken):
+    orders = {"strong": "std::memory_order_seq_cst", "relaxed": "std::memory_order_relaxed"}
+    rings = {path: (ROOT / path).read_text() for path in RINGS}
+    assert sum(text.count(rule.format(**orders)) for text in rings.values()) == 1
+    sources = []
+    for path, text in rings.items():
+        mutant = tmp_path / Path(path).name
+        mutant.write_text(text.replace(rule.format(**orders), broken.format(**orders)))
+        sources.append(str(mutant))
+    test = "tests/native/rings_test.cpp"
+    program = build(tmp_path / "mutant", "-fsanitize=thread", *FLAGS, *sources, test, *sanitized("thread"))
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([program, "2", "18", "1"], capture_output=True, text=True, timeout=200, env=environment)
+    assert "data race" in done.stderr, done.stdout + done.stderr[-2000:]
 
 
 def test_ten_thousand_calls_with_stalls(tmp_path):
