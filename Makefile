@@ -38,6 +38,7 @@ check: install  ## format, lint, types, layering: under a minute
 
 bench: install  ## tables on the terminal, rows and charts in bench/results
 	$(BIN)/python -m bench
+	$(BIN)/python bench/bench_train.py
 
 sanitize: install  ## the core under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest tests/native -k sanitizer
