@@ -71,4 +71,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("build_info", &build_info);
   m.def("cpu_capability", &pypar::cpu_capability);
+  m.def("copy_method", &pypar::copy_method);
 }

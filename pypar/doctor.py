@@ -64,6 +64,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "huge pages for shared memory", _huge_pages()
     if backend.available():
         yield "transport", "ranks of one host: shared memory (memfd); between hosts: gloo"
+        yield "large copies", backend.extension.copy_method()
     else:
         yield "transport", "gloo"
     for op in OPS:

@@ -33,10 +33,10 @@ struct Communicator::Call {
   // Publishes the header in `round`, waits for everybody's and compares them. Throws PeerError, on every rank, when two
   // ranks called different things.
   void agree(uint32_t round);
-  // Where the window that contains [data, data + bytes) begins on every rank, if all ranks agreed on one.
-  uint64_t window_of(const void* data, size_t bytes) const;
+  // The place of [data, data + bytes) in a window, or 0; and where that place is on another rank.
+  uint64_t window_of(const void* data, size_t bytes) const { return c.windows_->find(data, bytes); }
+  std::byte* at(uint64_t window, int rank) const { return c.windows_->at(window, rank); }
   bool all_lines(uint32_t round, bool (*holds)(const Line& mine, const Line& theirs)) const;
-  std::byte* at(uint64_t window, int rank) const;
 
   // Rounds with data. stage(chunk, slot) writes this rank's part; consume(chunk, round) reads the peers'.
   // Chunk 0 was staged and published in `first`; chunk i+1 is staged before chunk i is waited for. `reads`: from whom

@@ -13,10 +13,9 @@ namespace {
 constexpr uint64_t kMagic = 0x7061727079703032ull;
 constexpr uint32_t kAbi = 1;
 constexpr size_t kPageBytes = 4096;
+constexpr size_t kRingsAt = kPageBytes + Windows::kTableBytes;
 // Larger than a core's L2, so that a slot has left the peer's cache when it is written again: docs/design/0002.
 constexpr size_t kSlotBytes = 1u << 20;
-constexpr size_t kRingHeaderBytes = 64u << 10;
-constexpr size_t kRingDataBytes = 2u << 20;
 constexpr uint64_t kSpinNs = 100'000;
 constexpr uint64_t kBackgroundSpinNs = 2'000;
 
@@ -42,7 +41,7 @@ Deadline Deadline::after(std::chrono::milliseconds timeout) {
 }
 
 size_t Communicator::segment_bytes(int world) {
-  return kPageBytes + pypar::ring_region(world) + kSlots * kSlotBytes;
+  return kRingsAt + pypar::ring_region(world) + kSlots * kSlotBytes;
 }
 
 Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) {
@@ -54,11 +53,14 @@ Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) 
   ring_bytes_ = pypar::ring_region(world());
   spin_ns_ = world() > mesh_->num_cores ? 0 : kSpinNs;
   seen_.assign(static_cast<size_t>(world()), 0);
+  std::vector<Windows::Entry*> tables;
   for (int r = 0; r < world(); ++r) {
     std::byte* base = mesh_->bases[static_cast<size_t>(r)];
     heads_.push_back(reinterpret_cast<ControlHeader*>(base));
-    slots_.push_back(base + kPageBytes + ring_bytes_);
+    tables.push_back(reinterpret_cast<Windows::Entry*>(base + kPageBytes));
+    slots_.push_back(base + kRingsAt + ring_bytes_);
   }
+  windows_ = std::make_unique<Windows>(rank(), std::move(tables));
   ControlHeader& own = *heads_[static_cast<size_t>(rank())];
   own.abi = kAbi;
   own.rank = static_cast<uint32_t>(rank());
@@ -77,7 +79,7 @@ std::string Communicator::rank_text(int rank) const {
 }
 
 std::byte* Communicator::ring_region(int rank) const {
-  return mesh_->bases[static_cast<size_t>(rank)] + kPageBytes;
+  return mesh_->bases[static_cast<size_t>(rank)] + kRingsAt;
 }
 
 uint64_t Communicator::spin_ns() const {
@@ -145,7 +147,6 @@ std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t
   guarded([&] {
     Call call(*this, Op::rendezvous, DType::bytes, ReduceOp::none, bytes, 0, deadline);
     call.agree(call.next());
-    window->id = next_window_++;
     window->bytes = bytes;
     const uint64_t timeout_ms = deadline.at_ns == 0 ? 3'600'000 : deadline.timeout_ms;
     const auto theirs = mesh_->exchange_fds(fd, reinterpret_cast<uint64_t>(base), timeout_ms);
@@ -159,14 +160,9 @@ std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t
                               : same_process ? reinterpret_cast<std::byte*>(their_base)
                                              : window->mapped.back().data());
     }
-    windows_[base] = window;
+    windows_->add(base, window);
   });
   return window;
-}
-
-void Communicator::forget(const std::byte* base) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  windows_.erase(base);
 }
 
 Communicator::Call::Call(Communicator& communicator, Op op, DType dtype, ReduceOp reduce_op, uint64_t count,
@@ -236,29 +232,11 @@ void Communicator::Call::agree(uint32_t round) {
   throw PeerError(text + "; every rank must make the same calls in the same order, on equal sizes and types");
 }
 
-uint64_t Communicator::Call::window_of(const void* data, size_t bytes) const {
-  const auto* begin = static_cast<const std::byte*>(data);
-  auto after = c.windows_.upper_bound(begin);
-  if (after == c.windows_.begin()) return 0;
-  const auto& [base, window] = *std::prev(after);
-  const auto offset = static_cast<size_t>(begin - base);
-  if (offset + bytes > window->bytes) return 0;
-  return static_cast<uint64_t>(window->id) << 40 | offset;
-}
-
 bool Communicator::Call::all_lines(uint32_t round, bool (*holds)(const Line&, const Line&)) const {
   for (int r = 0; r < world; ++r) {
     if (!holds(header, r == me ? header : line(r, round))) return false;
   }
   return true;
-}
-
-std::byte* Communicator::Call::at(uint64_t window, int rank) const {
-  const auto id = static_cast<uint32_t>(window >> 40);
-  for (const auto& [base, entry] : c.windows_) {
-    if (entry->id == id) return entry->bases[static_cast<size_t>(rank)] + (window & ((1ull << 40) - 1));
-  }
-  throw PeerError("internal: window " + std::to_string(id) + " is unknown");
 }
 
 std::string Communicator::Call::describe(int rank, const Line& line) const {

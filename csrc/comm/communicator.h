@@ -12,7 +12,6 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,12 +19,15 @@
 
 #include "comm/bootstrap.h"
 #include "comm/types.h"
+#include "comm/windows.h"
 
 namespace pypar {
 
 inline constexpr int kSlots = 4;
 inline constexpr int kMaxWorld = 256;
 inline constexpr size_t kInlineBytes = 32;
+inline constexpr size_t kRingHeaderBytes = 64u << 10;  // of a point-to-point ring, then
+inline constexpr size_t kRingDataBytes = 2u << 20;
 
 // One cache line: everything a peer must know of a small call in a single transfer.
 struct alignas(64) Line {
@@ -36,7 +38,7 @@ struct alignas(64) Line {
   uint8_t staged;   // the slot of this round holds data
   uint64_t count;   // elements
   uint64_t detail;  // root, or a hash of the split sizes
-  uint64_t window;  // symmetric: id << 40 | offset in bytes; 0: an ordinary tensor
+  uint64_t window;  // its place, if it is a symmetric tensor: see windows.h
   uint8_t payload[kInlineBytes];
 };
 static_assert(sizeof(Line) == 64);
@@ -54,14 +56,6 @@ struct ControlHeader {
   alignas(64) uint32_t sleepers;  // waiters asleep on this rank's lines
   alignas(64) uint32_t epoch;     // rounds this rank published; lives in memory, only its owner writes it
   Line lines[kSlots];
-};
-
-// A tensor that every rank holds and every rank maps: where each rank's copy begins here.
-struct Window {
-  uint32_t id = 0;
-  size_t bytes = 0;
-  std::vector<std::byte*> bases;
-  std::vector<Segment> mapped;  // the peers' memory, mapped here
 };
 
 // When a wait ends. A default-made one never does.
@@ -106,8 +100,7 @@ class Communicator {
 
   // Collective: makes [base, base + bytes) of `fd` a symmetric window; all ranks give the same size.
   std::shared_ptr<Window> rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline);
-  // The memory at `base` is about to be freed here: it is no symmetric tensor any more.
-  void forget(const std::byte* base);
+  Windows& windows() { return *windows_; }
 
   // Bytes of each rank's control segment on a host of `world` ranks.
   static size_t segment_bytes(int world);
@@ -165,9 +158,8 @@ class Communicator {
   uint64_t spin_ns_ = 0;
   uint64_t calls_ = 0;
   std::atomic<int64_t> timeout_ms_{1'800'000};
-  uint32_t next_window_ = 1;
   std::vector<uint32_t> seen_;  // the newest round known of each peer
-  std::map<const std::byte*, std::shared_ptr<Window>> windows_;
+  std::unique_ptr<Windows> windows_;
   std::mutex mutex_;
   std::mutex flush_mutex_;
   std::function<void()> flush_;

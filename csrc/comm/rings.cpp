@@ -1,76 +1,27 @@
-// Long, because matching, credits and progress keep one invariant under one lock; apart they would share it all.
-#include "comm/rings.h"
+// Slots, credits and matching. When messages move is in rings_progress.cpp.
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
+#include "comm/rings_layout.h"
 #include "cpu/reduce.h"
-#include "pypar/signal.h"
 
 namespace pypar {
 
 namespace {
 
-constexpr uint32_t kRingSlots = 32;  // a power of two: sequence numbers wrap
-constexpr size_t kHeaderBytes = 64u << 10;
-constexpr size_t kInlineMessageBytes = 32;
 constexpr uint32_t kCreditSlots = kRingSlots / 4;  // a credit is a line that moves between cores: give several at once
-constexpr uint64_t kSliceNs = 20'000'000;
-constexpr auto kNap = std::chrono::milliseconds(1);
-constexpr auto kLongestNap = std::chrono::milliseconds(16);
-constexpr int kNapsBeforeIdle = 20;
+// From here a message that lies in symmetric memory is copied once, by its receiver.
+constexpr size_t kAnnouncedBytes = 64u << 10;
 
 }  // namespace
 
-struct alignas(kCacheLineBytes) Rings::Slot {
-  uint32_t sequence;  // published last; 1, 2, ... over all slots of the ring
-  uint32_t bytes;     // of this chunk
-  int64_t tag;
-  uint64_t total_and_dtype;  // bytes of the message << 8 | DType
-  uint64_t unused;
-  uint8_t payload[kInlineMessageBytes];
-};
-
-// At the place of the ring from a rank to itself, which nobody needs.
-struct Rings::Control {
-  alignas(kCacheLineBytes) uint32_t bell;      // counts what could interest a sleeper: arrivals and credits
-  alignas(kCacheLineBytes) uint32_t sleepers;  // threads of this rank that sleep on the bell
-  struct alignas(kCacheLineBytes) Credit {
-    uint32_t consumed;  // slots of the ring me -> dst that dst has emptied; written by dst
-  } credits[kMaxWorld];
-};
-
-struct Rings::Message {
-  int src;
-  int64_t tag;
-  DType dtype;
-  size_t bytes;
-  bool complete = false;
-  std::unique_ptr<std::byte[]> data;
-};
-
-struct Rings::Incoming {
-  uint32_t consumed = 0;
-  uint32_t credited = 0;
-  bool active = false;
-  size_t total = 0, got = 0;
-  std::byte* to = nullptr;
-  std::shared_ptr<RingOp> op;
-  Message* message = nullptr;
-};
-
-struct Rings::Outgoing {
-  uint32_t sent = 0;
-  uint32_t known_consumed = 0;
-  std::deque<std::shared_ptr<RingOp>> queue;
-};
-
 Rings::Rings(Communicator& comm) : comm_(comm), me_(comm.rank()), world_(comm.world()) {
-  static_assert(sizeof(Slot) == kCacheLineBytes && kRingSlots * sizeof(Slot) <= kHeaderBytes);
-  static_assert(sizeof(Control) <= kHeaderBytes);
+  static_assert(sizeof(Slot) == kCacheLineBytes && kRingSlots * sizeof(Slot) <= kRingHeaderBytes);
+  static_assert(sizeof(Control) <= kRingHeaderBytes);
   block_bytes_ = comm.ring_region_bytes() / static_cast<size_t>(world_);
-  chunk_bytes_ = (block_bytes_ - kHeaderBytes) / kRingSlots;
+  chunk_bytes_ = (block_bytes_ - kRingHeaderBytes) / kRingSlots;
   out_.resize(static_cast<size_t>(world_));
   in_.resize(static_cast<size_t>(world_));
   wanted_.assign(static_cast<size_t>(world_), 0);
@@ -96,7 +47,7 @@ Rings::Slot& Rings::slot(int dst, int src, uint32_t sequence) const {
 
 std::byte* Rings::chunk(int dst, int src, uint32_t sequence) const {
   std::byte* block = comm_.ring_region(dst) + static_cast<size_t>(src) * block_bytes_;
-  return block + kHeaderBytes + (sequence - 1) % kRingSlots * chunk_bytes_;
+  return block + kRingHeaderBytes + (sequence - 1) % kRingSlots * chunk_bytes_;
 }
 
 Rings::Control& Rings::control(int rank) const {
@@ -121,8 +72,14 @@ uint32_t Rings::free_slots(int dst) {
   return kRingSlots - used;
 }
 
-// Fills and publishes the next slot to dst. Pairs with drain() there. The sequence number and `sleepers` form a Dekker
-// pair with a sleeper's announcement and its look at the sequence number: seq_cst on all four.
+// The sequence number and `sleepers` form a Dekker pair with a sleeper's announcement and its look at the sequence
+// number: seq_cst on all four. Pairs with drain() there.
+void Rings::publish_slot(int dst, Slot& head, uint32_t sequence) {
+  std::atomic_ref<uint32_t>(head.sequence).exchange(sequence, std::memory_order_seq_cst);
+  ring_bell(dst, false);
+}
+
+// Fills and publishes the next slot to dst.
 void Rings::publish(int dst, int64_t tag, const std::byte* data, size_t total, size_t moved, DType dtype) {
   const uint32_t sequence = ++out_[static_cast<size_t>(dst)].sent;
   Slot& head = slot(dst, me_, sequence);
@@ -130,19 +87,65 @@ void Rings::publish(int dst, int64_t tag, const std::byte* data, size_t total, s
   head.bytes = static_cast<uint32_t>(bytes);
   head.tag = tag;
   head.total_and_dtype = static_cast<uint64_t>(total) << 8 | static_cast<uint64_t>(dtype);
+  head.window = 0;
   if (bytes <= kInlineMessageBytes) {
     if (bytes != 0) std::memcpy(head.payload, data + moved, bytes);
   } else {
     copy_bytes(chunk(dst, me_, sequence), data + moved, bytes);
   }
-  std::atomic_ref<uint32_t>(head.sequence).exchange(sequence, std::memory_order_seq_cst);
-  ring_bell(dst, false);
+  publish_slot(dst, head, sequence);
+}
+
+// Publishes a slot that says where the message lies. The window is pinned at the receiver.
+void Rings::announce(const std::shared_ptr<RingOp>& op) {
+  Outgoing& out = out_[static_cast<size_t>(op->peer)];
+  const uint32_t sequence = ++out.sent;
+  Slot& head = slot(op->peer, me_, sequence);
+  head.bytes = 0;
+  head.tag = op->tag;
+  head.total_and_dtype = static_cast<uint64_t>(op->bytes) << 8 | static_cast<uint64_t>(op->dtype);
+  head.window = op->window;
+  op->moved = op->bytes;
+  out.announced.emplace_back(sequence, op);
+  publish_slot(op->peer, head, sequence);
+}
+
+// The receiver has emptied the slot: the message may change again.
+bool Rings::complete_announced(int dst, Ops& finished) {
+  Outgoing& out = out_[static_cast<size_t>(dst)];
+  if (out.announced.empty()) return false;
+  auto& word = control(me_).credits[dst].consumed;
+  out.known_consumed = std::atomic_ref<uint32_t>(word).load(std::memory_order_seq_cst);
+  bool moved = false;
+  while (!out.announced.empty() && reached(out.known_consumed, out.announced.front().first)) {
+    const auto op = out.announced.front().second;
+    out.announced.pop_front();
+    finish(op, nullptr, finished);
+    moved = true;
+  }
+  return moved;
+}
+
+size_t Rings::bytes_of(const Slot& head) {
+  return head.window != 0 ? head.total_and_dtype >> 8 : head.bytes;
+}
+
+// What a slot holds, or says where it lies.
+void Rings::copy_out(int src, const Slot& head, const std::byte* chunk, std::byte* to) {
+  if (head.window != 0) {
+    copy_bytes(to, comm_.windows().at(head.window, src), bytes_of(head));
+    comm_.windows().unpin(head.window);
+  } else if (head.bytes != 0) {
+    copy_bytes(to, head.bytes <= kInlineMessageBytes ? reinterpret_cast<const std::byte*>(head.payload) : chunk,
+               head.bytes);
+  }
 }
 
 bool Rings::try_send(int dst, int64_t tag, const void* data, size_t bytes, DType dtype) {
   std::lock_guard<std::mutex> lock(mutex_);
   Outgoing& out = out_[static_cast<size_t>(dst)];
   if (!out.queue.empty() || stop_ || comm_.aborted()) return false;
+  if (bytes >= kAnnouncedBytes && comm_.windows().find(data, bytes) != 0) return false;  // not done at once: post it
   const size_t num_chunks = std::max<size_t>(1, (bytes + chunk_bytes_ - 1) / chunk_bytes_);
   if (num_chunks > free_slots(dst)) return false;
   for (size_t i = 0; i < num_chunks; ++i) {
@@ -163,15 +166,12 @@ bool Rings::try_recv(int src, int64_t tag, void* data, size_t bytes, DType dtype
     const uint32_t next = in.consumed + 1;
     Slot& head = slot(me_, s, next);
     if (load_acquire(head.sequence) != next) continue;
-    if (head.tag != tag || head.total_and_dtype >> 8 != bytes || head.bytes != bytes) continue;
+    if (head.tag != tag || head.total_and_dtype >> 8 != bytes || bytes_of(head) != bytes) continue;
     const auto their_dtype = static_cast<DType>(head.total_and_dtype & 0xff);
     if (their_dtype != dtype) continue;
-    if (bytes != 0) {
-      copy_bytes(data, bytes <= kInlineMessageBytes ? reinterpret_cast<std::byte*>(head.payload) : chunk(me_, s, next),
-                 bytes);
-    }
+    copy_out(s, head, chunk(me_, s, next), static_cast<std::byte*>(data));
     in.consumed = next;
-    give_credit(s, false);
+    give_credit(s, head.window != 0);
     *source = s;
     return true;
   }
@@ -196,6 +196,7 @@ void Rings::post(const std::shared_ptr<RingOp>& op) {
     if (op->is_send) {
       out_[static_cast<size_t>(op->peer)].queue.push_back(op);
       pending_.push_back(op);
+      if (op->bytes >= kAnnouncedBytes) op->window = comm_.windows().find(op->data, op->bytes);
       push(op->peer, finished);
     } else {
       ++(op->peer == kAnySource ? wanted_any_ : wanted_[static_cast<size_t>(op->peer)]);
@@ -278,15 +279,11 @@ bool Rings::drain(int src, Ops& finished) {
     Slot& head = slot(me_, src, next);
     if (std::atomic_ref<uint32_t>(head.sequence).load(std::memory_order_seq_cst) != next) break;
     if (!in.active && !begin_message(src, head, finished)) return moved;
-    if (head.bytes != 0) {
-      const std::byte* from =
-          head.bytes <= kInlineMessageBytes ? reinterpret_cast<std::byte*>(head.payload) : chunk(me_, src, next);
-      copy_bytes(in.to + in.got, from, head.bytes);
-    }
-    in.got += head.bytes;
+    copy_out(src, head, chunk(me_, src, next), in.to + in.got);
+    in.got += bytes_of(head);
     in.consumed = next;
     moved = true;
-    give_credit(src, false);
+    give_credit(src, head.window != 0);
     if (in.got == in.total) {
       in.active = false;
       if (in.op) {
@@ -333,6 +330,13 @@ bool Rings::push(int dst, Ops& finished) {
   bool moved = false;
   while (!out.queue.empty() && free_slots(dst) > 0) {
     const auto op = out.queue.front();
+    if (op->window != 0 && comm_.windows().pin(op->window, dst)) {
+      out.queue.pop_front();
+      announce(op);
+      moved = true;
+      continue;
+    }
+    op->window = 0;  // the receiver has freed its part
     publish(dst, op->tag, op->data, op->bytes, op->moved, op->dtype);
     op->moved += std::min(op->bytes - op->moved, chunk_bytes_);
     moved = true;
@@ -351,202 +355,10 @@ void Rings::finish(const std::shared_ptr<RingOp>& op, std::exception_ptr error, 
   finished.push_back(op);
 }
 
-// Tells the owners, outside the lock: a callback may post again.
-void Rings::report(const Ops& finished) {
-  for (const auto& op : finished) {
-    if (op->on_done) std::exchange(op->on_done, nullptr)(op->error);
-    op->state.store(op->error ? RingOp::failed : RingOp::done, std::memory_order_seq_cst);
-  }
-  if (!finished.empty()) ring_bell(me_, false);  // another thread of this rank may sleep until one of these is done
-}
-
-bool Rings::progress(Ops& finished) {
-  bool moved = false;
-  for (int r = 0; r < world_; ++r) {
-    const auto i = static_cast<size_t>(r);
-    if (!out_[i].queue.empty()) moved |= push(r, finished);
-    if (wanted_[i] + wanted_any_ > 0 && r != me_) moved |= drain(r, finished);
-  }
-  const uint64_t now = now_ns();
-  if (now - checked_ns_ > kSliceNs) {
-    checked_ns_ = now;
-    check_pending(finished);
-  }
-  return moved;
-}
-
 std::string Rings::text_of(const RingOp& op) const {
   return std::string(op.is_send ? "send(" : "recv(") + name_of(op.dtype) + "[" +
          std::to_string(op.bytes / item_size(op.dtype)) + "], tag " + std::to_string(op.tag) +
          (op.is_send ? ") to " : ") from ") + (op.peer == kAnySource ? "any rank" : comm_.rank_text(op.peer));
-}
-
-// Fails what can't complete any more: deadline, dead peer, abort.
-void Rings::check_pending(Ops& finished) {
-  std::vector<std::pair<std::shared_ptr<RingOp>, std::exception_ptr>> hopeless;
-  for (const auto& op : pending_) {
-    try {
-      comm_.check_alive(op->peer == kAnySource ? me_ : op->peer, text_of(*op), op->deadline);
-      if (op->peer != kAnySource) continue;
-      int gone = 0;
-      for (int r = 0; r < world_; ++r) {
-        try {
-          if (r != me_) comm_.check_alive(r, text_of(*op), {});
-        } catch (const PeerError&) {
-          if (++gone == world_ - 1) throw;
-        }
-      }
-    } catch (const PeerError&) {
-      hopeless.emplace_back(op, std::current_exception());
-    }
-  }
-  if (hopeless.empty()) return;
-  for (int r = 0; r < world_; ++r) {
-    // A peer that has left may have sent before.
-    if (r != me_ && wanted_[static_cast<size_t>(r)] + wanted_any_ > 0 && !comm_.aborted()) drain(r, finished);
-  }
-  for (auto& [op, error] : hopeless) {
-    if (std::find(pending_.begin(), pending_.end(), op) == pending_.end()) continue;
-    try {
-      std::rethrow_exception(error);
-    } catch (const PeerError& why) {
-      comm_.abort(why.what());
-    }
-    fail_pending(error, finished);  // the group is over: none of them can be trusted to complete
-    return;
-  }
-}
-
-void Rings::fail_pending(std::exception_ptr error, Ops& finished) {
-  posted_.clear();
-  for (auto& out : out_) out.queue.clear();
-  for (auto& in : in_) in.op = nullptr;
-  const Ops all = pending_;
-  for (const auto& op : all) finish(op, error, finished);
-  // A half-received message has no home now; nothing is received after an abort.
-}
-
-void Rings::fail_all(const std::string& why) {
-  Ops finished;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    fail_pending(std::make_exception_ptr(PeerError(why)), finished);
-  }
-  report(finished);
-}
-
-bool Rings::cancel(const std::shared_ptr<RingOp>& op, const std::string& why) {
-  Ops finished;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto& queue = op->is_send ? out_[static_cast<size_t>(op->peer)].queue : posted_;
-    auto it = std::find(queue.begin(), queue.end(), op);
-    if (it == queue.end() || op->moved != 0) return false;
-    queue.erase(it);
-    finish(op, std::make_exception_ptr(PeerError(why)), finished);
-  }
-  report(finished);
-  return true;
-}
-
-void Rings::wait(const std::shared_ptr<RingOp>& op, Deadline deadline) {
-  if (!wait_until(op, deadline)) {
-    const std::string why = comm_.rank_text(me_) + " of group '" + comm_.name() + "' in " + text_of(*op) + ": waited " +
-                            std::to_string(deadline.timeout_ms) + " ms, the timeout given to wait()";
-    comm_.abort(why);
-    fail_all(why);
-  }
-  if (op->error) std::rethrow_exception(op->error);
-}
-
-bool Rings::wait_until(const std::shared_ptr<RingOp>& op, Deadline deadline) {
-  if (op->finished()) return true;
-  struct Waiting {
-    Rings& rings;
-    std::atomic_ref<uint32_t> sleepers;
-    bool asleep = false;
-    explicit Waiting(Rings& r) : rings(r), sleepers(r.control(r.me_).sleepers) { count(1); }
-    ~Waiting() {
-      count(-1);
-      if (asleep) sleepers.fetch_sub(1, std::memory_order_seq_cst);
-    }
-    void count(int by) {
-      std::lock_guard<std::mutex> lock(rings.mutex_);
-      rings.waiters_ += by;
-    }
-  } waiting(*this);
-  auto advance = [&] {
-    Ops finished;
-    bool moved;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      moved = progress(finished);
-    }
-    report(finished);
-    return moved;
-  };
-  uint64_t spin_until = now_ns() + comm_.spin_ns();
-  uint32_t& bell = control(me_).bell;
-  while (!op->finished()) {
-    if (waiting.asleep) {
-      const uint32_t seen = std::atomic_ref<uint32_t>(bell).load(std::memory_order_seq_cst);
-      if (!advance() && !op->finished()) futex_sleep(bell, seen, kSliceNs);
-    } else if (advance()) {
-      spin_until = now_ns() + comm_.spin_ns();
-      continue;
-    } else {
-      for (int i = 0; i < 8; ++i) cpu_relax();
-    }
-    const uint64_t now = now_ns();
-    if (!waiting.asleep && now >= spin_until) {
-      waiting.asleep = true;
-      waiting.sleepers.fetch_add(1, std::memory_order_seq_cst);
-    }
-    if (deadline.at_ns != 0 && now >= deadline.at_ns) return op->finished();
-  }
-  return true;
-}
-
-void Rings::start_background() {
-  if (!background_.joinable()) {
-    background_ = std::thread([this] { run_background(); });
-  } else if (background_idle_) {
-    wake_background_.notify_one();
-  }
-}
-
-void Rings::run_background() {
-  Communicator::set_background_thread(true);
-  Control& own = control(me_);
-  std::atomic_ref<uint32_t> sleepers(own.sleepers);
-  std::unique_lock<std::mutex> lock(mutex_);
-  int naps = 0;
-  auto nap = kNap;
-  while (!stop_) {
-    if (pending_.empty() && ++naps > kNapsBeforeIdle) {
-      background_idle_ = true;
-      wake_background_.wait(lock, [&] { return stop_ || !pending_.empty(); });
-      background_idle_ = false;
-      naps = 0;
-    }
-    // Give the caller time to wait itself: a thread that is woken for every message costs more than it saves.
-    wake_background_.wait_for(lock, nap, [&] { return stop_; });
-    nap = waiters_ > 0 ? std::min(2 * nap, kLongestNap) : kNap;
-    if (stop_ || pending_.empty() || waiters_ > 0) continue;
-    naps = 0;
-    sleepers.fetch_add(1, std::memory_order_seq_cst);
-    while (!stop_ && !pending_.empty() && waiters_ == 0) {
-      const uint32_t seen = std::atomic_ref<uint32_t>(own.bell).load(std::memory_order_seq_cst);
-      Ops finished;
-      const bool moved = progress(finished);
-      lock.unlock();
-      report(finished);
-      finished.clear();
-      if (!moved) futex_sleep(own.bell, seen, kSliceNs);
-      lock.lock();
-    }
-    sleepers.fetch_sub(1, std::memory_order_seq_cst);
-  }
 }
 
 }  // namespace pypar

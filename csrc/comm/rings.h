@@ -3,7 +3,9 @@
 // One ring of slots per ordered pair, in the receiver's segment: the sender pushes, the receiver polls only its own
 // memory. A slot is a header of one cache line (sequence number, published last; tag, sizes; small payloads ride in it)
 // and a chunk of data. Credits come back as one counter per pair in the *sender's* segment. Messages of a pair travel
-// in the order of their sends, chunk by chunk, so that a message may be larger than the ring.
+// in the order of their sends, chunk by chunk, so that a message may be larger than the ring. A large message that lies
+// in symmetric memory takes one slot, which says where: the receiver copies it from there, once, and the credit for the
+// slot completes the send.
 //
 // Matching is MPI's: by source (or any) and tag, in order. The head of a ring that no posted receive wants stays where
 // it is until a receive from that source with another tag is posted; then it moves to the heap, so that no tag blocks
@@ -46,6 +48,7 @@ struct RingOp {
   int source = kAnySource;   // of a completed receive
   std::exception_ptr error;  // of a failed one
   size_t moved = 0;          // bytes of a send that are in the ring already
+  uint64_t window = 0;       // of a send: where it lies in symmetric memory, if the receiver shall copy it from there
 
   bool finished() const { return state.load(std::memory_order_seq_cst) != pending; }
 };
@@ -83,6 +86,11 @@ class Rings {
   Control& control(int rank) const;
   uint32_t free_slots(int dst);
   void publish(int dst, int64_t tag, const std::byte* data, size_t total, size_t moved, DType dtype);
+  void announce(const std::shared_ptr<RingOp>& op);
+  void publish_slot(int dst, Slot& head, uint32_t sequence);
+  bool complete_announced(int dst, Ops& finished);
+  void copy_out(int src, const Slot& head, const std::byte* chunk, std::byte* to);
+  static size_t bytes_of(const Slot& head);
   void ring_bell(int rank, bool always);
   void give_credit(int src, bool all);
 

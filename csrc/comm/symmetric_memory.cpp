@@ -175,7 +175,7 @@ class CpuAllocator : public symm::SymmetricMemoryAllocator {
       block = std::move(node.mapped());
     }
     for (auto& [group, entry] : block.handles) {
-      if (auto communicator = entry.communicator.lock()) communicator->forget(static_cast<std::byte*>(ptr));
+      if (auto communicator = entry.communicator.lock()) communicator->windows().forget(static_cast<std::byte*>(ptr));
     }
   }
 

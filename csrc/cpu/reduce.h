@@ -17,6 +17,9 @@ void check_reduction(DType dtype, ReduceOp op);
 // "avx512", "avx2" or "plain": what this processor runs; PYPAR_CPU_CAPABILITY lowers it.
 const char* cpu_capability();
 
+// "rep movsb", "avx2" or "memcpy": how this processor moves large blocks.
+const char* copy_method();
+
 // memcpy that takes equal addresses and zero bytes.
 void copy_bytes(void* dst, const void* src, size_t bytes);
 
