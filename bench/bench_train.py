@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--variants", nargs="+", choices=list(WAYS), default=list(DEFAULT_WAYS), metavar="V",
                    help=f"of the list below; default {' '.join(DEFAULT_WAYS)}; none is always run")  # fmt: skip
     p.add_argument("--steps", type=int, default=10, metavar="N",
-                   help=f"timed steps of each variant in one regime, at most {PATIENCE} N in all; default 10")  # fmt: skip
+                   help=f"timed steps of a variant in one regime, {PATIENCE} N in all at most; default 10")  # fmt: skip
     p.add_argument("--ranks", type=int, default=2, choices=range(2, 9), metavar="2..8")
     p.add_argument("--bucket-mb", type=float, nargs="+", default=[BUCKET_MB], metavar="MIB",
                    help=f"bucket size in MiB; several are compared with each other; default {BUCKET_MB:g}")  # fmt: skip

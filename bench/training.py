@@ -140,7 +140,7 @@ class TrainRank(Rank):
             name for name, values in zip(names, torch.stack(of_ranks, 1), strict=True) if values.unique().numel() > 1
         ]
         if differs:
-            wrong = f"the weights {differs[0]} of the ranks differ"
+            wrong = f"the ranks hold different weights, first {differs[0]}"
         return wrong and f"rank {self.rank}: {wrong}"
 
 
