@@ -171,9 +171,9 @@ def run_case(
 
 
 def one_regime(results: Sequence[Result], min_rounds: int = 1) -> list[Result]:
-    """Of each case the results of one regime only, fit to be compared: fast if it has 3 rounds, else the longest.
+    """Of each case the results of one regime only, fit to be compared: fast if it has enough rounds, else the longest.
 
-    "mixed" is the last choice: only where no other has min_rounds.
+    Enough is 3, or min_rounds if that is more. "mixed" is the last choice: only where no other has min_rounds.
     """
     kept: list[Result] = []
     for case in dict.fromkeys(r.case for r in results):
@@ -182,7 +182,7 @@ def one_regime(results: Sequence[Result], min_rounds: int = 1) -> list[Result]:
         order = {"mixed": 0, "slow": 1}
         longest = {name: n if name != "mixed" else min(n, min_rounds - 1) for name, n in rounds.items()}
         best = max(rounds, key=lambda name: (longest[name], order.get(name, 2)), default="")
-        if rounds.get("fast", 0) >= 3:
+        if rounds.get("fast", 0) >= max(3, min_rounds):
             best = "fast"
         kept += [r for r in mine if r.refused or r.regime == best]
     return kept
