@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "comm/bootstrap.h"
+#include "comm/interrupt.h"
 #include "comm/types.h"
 
 namespace pypar {
@@ -118,10 +119,17 @@ class Communicator {
   // Throws PeerError if the group is aborted, `peer` (or any peer when -1) died or left, or the deadline passed.
   // Call it between slices of any wait. `what`: e.g. "recv #12 from rank 1".
   void check_alive(int peer, const std::string& what, Deadline deadline) const;
+  // Throws Interrupted if this rank was told to stop, and ends the group. Call it beside check_alive, without a lock
+  // that a thread may want which keeps the interrupt hook waiting (in Python: one that is taken with the GIL held).
+  void check_interrupt(const std::string& what) const;
+  // Refuses a call that a signal handler makes, in a thread that waits in a call of this group: it would wait for
+  // itself.
+  void refuse_in_handler() const;
+  bool in_handler() const;
   // "rank 3" as the group counts, for messages.
   std::string rank_text(int rank) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
-  void abort(const std::string& reason);
+  void abort(const std::string& reason) const;
   bool aborted() const;
   // This rank will call no more.
   void leave();
@@ -153,8 +161,12 @@ class Communicator {
     } catch (const PeerError& error) {
       abort(error.what());
       throw;
+    } catch (const Interrupted&) {
+      abort(interrupted_text());
+      throw;
     }
   }
+  std::string interrupted_text() const;
   struct Call;
 
   std::unique_ptr<Mesh> mesh_;
@@ -168,6 +180,7 @@ class Communicator {
   uint32_t next_window_ = 1;
   std::vector<uint32_t> seen_;  // the newest round known of each peer
   std::map<const std::byte*, std::shared_ptr<Window>> windows_;
+  mutable std::mutex windows_mutex_;  // not mutex_: memory is freed while a call waits
   std::mutex mutex_;
   std::mutex flush_mutex_;
   std::function<void()> flush_;
