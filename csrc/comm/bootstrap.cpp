@@ -295,6 +295,9 @@ std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world
   for (int s : sockets) {
     if (s >= 0) close(s);  // reached, but grouped with others
   }
+  for (const auto& host : mesh->hosts) {
+    if (host[0] != mesh->group_ranks[0]) mesh->group_ranks.insert(mesh->group_ranks.end(), host.begin(), host.end());
+  }
   mesh->num_cores = 0;
   for (uint64_t word : cores) mesh->num_cores += __builtin_popcountll(word);
 

@@ -56,6 +56,13 @@ struct FlatList {
       bytes.push_back(bytes_of(tensor));
     }
   }
+  FlatList(const std::vector<at::Tensor>& tensors, const c10d::ReduceOp& op) {
+    flats.reserve(tensors.size());
+    for (const auto& tensor : tensors) {
+      flats.emplace_back(tensor, op);
+      data.push_back(flats.back().data());
+    }
+  }
   void write_back() {
     for (auto& flat : flats) flat.write_back();
   }

@@ -14,6 +14,24 @@ namespace pypar {
 
 using c10d::OpType;
 
+void ProcessGroup::gather_all(const void* in, const std::vector<int64_t>& bytes, void* const* outs, Deadline deadline,
+                              DType dtype) {
+  if (hosts_) {
+    hosts_->all_gather(in, bytes, outs, deadline);
+  } else {
+    communicator_->all_gather(in, bytes.data(), outs, deadline, dtype);
+  }
+}
+
+void ProcessGroup::swap_all(const void* const* ins, const std::vector<int64_t>& send_bytes, void* const* outs,
+                            const std::vector<int64_t>& recv_bytes, Deadline deadline, DType dtype) {
+  if (hosts_) {
+    hosts_->all_to_all(ins, send_bytes, outs, recv_bytes, deadline);
+  } else {
+    communicator_->all_to_all(ins, send_bytes.data(), outs, recv_bytes.data(), deadline, dtype);
+  }
+}
+
 ProcessGroup::WorkPtr ProcessGroup::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {
   const at::Tensor tensor = with_python_errors([&] {
     check_root("broadcast", options.rootRank);
@@ -42,17 +60,11 @@ ProcessGroup::WorkPtr ProcessGroup::allgather(TensorLists& outputs, Tensors& inp
     for (const auto& output : outputs[0]) check_same("all_gather", "an output", output, input);
     check_numel("all_gather", "the own output", outputs[0][static_cast<size_t>(rank_)], input.numel());
   });
-  if (hosts_) {
-    return launch(OpType::ALLGATHER, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
-                  [this, outputs, inputs, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.allgather(outputs, inputs, options); });
-                  });
-  }
   return launch(OpType::ALLGATHER, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
                 [this, input = inputs[0], output = outputs[0]](Deadline d) {
                   Flat from(input);
                   FlatList to(output, false);
-                  communicator_->all_gather(from.data(), to.bytes.data(), to.data.data(), d, movable_dtype(input));
+                  gather_all(from.data(), to.bytes, to.data.data(), d, movable_dtype(input));
                   to.write_back();
                 });
 }
@@ -109,13 +121,6 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_coalesced(TensorLists& outputs, Te
       check_numel(kWhat, "the own output", outputs[static_cast<size_t>(rank_)][i], inputs[i].numel());
     }
   });
-  if (hosts_) {
-    return launch(
-        OpType::ALLGATHER_COALESCED, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
-        [this, outputs, inputs, options](Deadline) mutable {
-          hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.allgather_coalesced(outputs, inputs, options); });
-        });
-  }
   return launch(OpType::ALLGATHER_COALESCED, "pypar:all_gather", options.asyncOp, options.timeout, inputs, outputs,
                 [this, inputs, outputs](Deadline d) {
                   for (size_t i = 0; i < inputs.size(); ++i) {
@@ -123,8 +128,7 @@ ProcessGroup::WorkPtr ProcessGroup::allgather_coalesced(TensorLists& outputs, Te
                     for (const auto& list : outputs) column.push_back(list[i]);
                     Flat from(inputs[i]);
                     FlatList to(column, false);
-                    communicator_->all_gather(from.data(), to.bytes.data(), to.data.data(), d,
-                                              movable_dtype(inputs[i]));
+                    gather_all(from.data(), to.bytes, to.data.data(), d, movable_dtype(inputs[i]));
                     to.write_back();
                   }
                 });
@@ -144,18 +148,22 @@ ProcessGroup::WorkPtr ProcessGroup::gather(TensorLists& outputs, Tensors& inputs
       }
     }
   });
-  if (hosts_) {
-    return launch(OpType::GATHER, "pypar:gather", options.asyncOp, options.timeout, inputs, outputs,
-                  [this, outputs, inputs, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.gather(outputs, inputs, options); });
-                  });
-  }
   const auto root = static_cast<int>(options.rootRank);
   return launch(OpType::GATHER, "pypar:gather", options.asyncOp, options.timeout, inputs, outputs,
                 [this, input = inputs[0], output = is_root ? outputs[0] : Tensors(), root](Deadline d) {
                   Flat from(input);
                   FlatList to(output, false);
-                  communicator_->gather(from.data(), bytes_of(input), to.data.data(), root, d, movable_dtype(input));
+                  if (hosts_) {
+                    const auto world = static_cast<size_t>(size_);
+                    std::vector<int64_t> send(world, 0);
+                    send[static_cast<size_t>(root)] = bytes_of(input);
+                    to.bytes.resize(world, 0);
+                    to.data.resize(world, nullptr);
+                    const std::vector<const void*> ins(world, from.data());
+                    hosts_->all_to_all(ins.data(), send, to.data.data(), to.bytes, d);
+                  } else {
+                    communicator_->gather(from.data(), bytes_of(input), to.data.data(), root, d, movable_dtype(input));
+                  }
                   to.write_back();
                 });
 }
@@ -175,18 +183,22 @@ ProcessGroup::WorkPtr ProcessGroup::scatter(Tensors& outputs, TensorLists& input
       }
     }
   });
-  if (hosts_) {
-    return launch(OpType::SCATTER, "pypar:scatter", options.asyncOp, options.timeout, outputs, {outputs},
-                  [this, outputs, inputs, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.scatter(outputs, inputs, options); });
-                  });
-  }
   const auto root = static_cast<int>(options.rootRank);
   return launch(OpType::SCATTER, "pypar:scatter", options.asyncOp, options.timeout, is_root ? inputs[0] : Tensors(),
                 {outputs}, [this, output = outputs[0], input = is_root ? inputs[0] : Tensors(), root](Deadline d) {
                   FlatList from(input, true);
                   Flat to(output, false);
-                  communicator_->scatter(from.inputs(), bytes_of(output), to.data(), root, d, movable_dtype(output));
+                  if (hosts_) {
+                    const auto world = static_cast<size_t>(size_);
+                    std::vector<int64_t> recv(world, 0);
+                    recv[static_cast<size_t>(root)] = bytes_of(output);
+                    from.bytes.resize(world, 0);
+                    from.data.resize(world, nullptr);
+                    const std::vector<void*> outs(world, to.data());
+                    hosts_->all_to_all(from.inputs(), from.bytes, outs.data(), recv, d);
+                  } else {
+                    communicator_->scatter(from.inputs(), bytes_of(output), to.data(), root, d, movable_dtype(output));
+                  }
                   to.write_back();
                 });
 }
@@ -225,20 +237,11 @@ ProcessGroup::WorkPtr ProcessGroup::alltoall_base(at::Tensor& output, at::Tensor
     send_bytes = bytes("input", input, input_splits);
     recv_bytes = bytes("output", output, output_splits);
   });
-  if (hosts_) {
-    return launch(OpType::ALLTOALL_BASE, "pypar:all_to_all", options.asyncOp, options.timeout, {input}, {{output}},
-                  [this, output, input, output_splits, input_splits, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) {
-                      return gloo.alltoall_base(output, input, output_splits, input_splits, options);
-                    });
-                  });
-  }
   return launch(OpType::ALLTOALL_BASE, "pypar:all_to_all", options.asyncOp, options.timeout, {input}, {{output}},
                 [this, input, output, send_bytes, recv_bytes](Deadline d) {
                   Flat from(input), to(output, false);
-                  communicator_->all_to_all(cut(from.data(), send_bytes).data(), send_bytes.data(),
-                                            cut(to.data(), recv_bytes).data(), recv_bytes.data(), d,
-                                            movable_dtype(input));
+                  swap_all(cut(from.data(), send_bytes).data(), send_bytes, cut(to.data(), recv_bytes).data(),
+                           recv_bytes, d, movable_dtype(input));
                   to.write_back();
                 });
 }
@@ -256,17 +259,10 @@ ProcessGroup::WorkPtr ProcessGroup::alltoall(Tensors& outputs, Tensors& inputs, 
     for (const auto& tensor : inputs) check_same("all_to_all", "an input", tensor, inputs[0]);
     for (const auto& tensor : outputs) check_same("all_to_all", "an output", tensor, inputs[0]);
   });
-  if (hosts_) {
-    return launch(OpType::ALLTOALL, "pypar:all_to_all", options.asyncOp, options.timeout, inputs, {outputs},
-                  [this, outputs, inputs, options](Deadline) mutable {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.alltoall(outputs, inputs, options); });
-                  });
-  }
   return launch(OpType::ALLTOALL, "pypar:all_to_all", options.asyncOp, options.timeout, inputs, {outputs},
                 [this, inputs, outputs](Deadline d) {
                   FlatList from(inputs, true), to(outputs, false);
-                  communicator_->all_to_all(from.inputs(), from.bytes.data(), to.data.data(), to.bytes.data(), d,
-                                            movable_dtype(inputs[0]));
+                  swap_all(from.inputs(), from.bytes, to.data.data(), to.bytes, d, movable_dtype(inputs[0]));
                   to.write_back();
                 });
 }

@@ -28,13 +28,13 @@ ProcessGroup::WorkPtr ProcessGroup::allreduce(Tensors& tensors, const c10d::Allr
   const at::Tensor tensor = with_python_errors([&] {
     check_dense("all_reduce", only("all_reduce", tensors));
     op = core_op(options.reduceOp);
-    auto real = as_real(tensors[0], op);
+    auto real = as_real(tensors[0], options.reduceOp);
     dtype = reducible_dtype(real, op);
     return real;
   });
   return launch(OpType::ALLREDUCE, "pypar:all_reduce", options.asyncOp, options.timeout, tensors, {tensors},
-                [this, tensor, dtype, op](Deadline d) {
-                  Flat flat(tensor);
+                [this, tensor, dtype, op, asked = options.reduceOp](Deadline d) {
+                  Flat flat(tensor, asked);
                   if (hosts_) {
                     hosts_->all_reduce(flat.tensor(), op, d);
                   } else {
@@ -55,15 +55,15 @@ ProcessGroup::WorkPtr ProcessGroup::allreduce_coalesced(Tensors& tensors,
     op = core_op(options.reduceOp);
     for (const auto& tensor : tensors) {
       check_dense("allreduce_coalesced", tensor);
-      reals.push_back(as_real(tensor, op));
+      reals.push_back(as_real(tensor, options.reduceOp));
       reducible_dtype(reals.back(), op);
       one_type = one_type && reals.back().scalar_type() == reals[0].scalar_type();
       bytes += bytes_of(tensor);
     }
   });
   const bool together = one_type && reals.size() > 1 && bytes <= kCoalesceBytes;
-  auto reduce_one = [this, op](at::Tensor tensor, Deadline d) {
-    Flat flat(tensor);
+  auto reduce_one = [this, op, asked = options.reduceOp](at::Tensor tensor, Deadline d) {
+    Flat flat(tensor, asked);
     if (hosts_) {
       hosts_->all_reduce(flat.tensor(), op, d);
     } else {
@@ -95,14 +95,14 @@ ProcessGroup::WorkPtr ProcessGroup::reduce(Tensors& tensors, const c10d::ReduceO
     check_root("reduce", options.rootRank);
     check_dense("reduce", only("reduce", tensors));
     op = core_op(options.reduceOp);
-    auto real = as_real(tensors[0], op);
+    auto real = as_real(tensors[0], options.reduceOp);
     dtype = reducible_dtype(real, op);
     return real;
   });
   const auto root = static_cast<int>(options.rootRank);
   return launch(OpType::REDUCE, "pypar:reduce", options.asyncOp, options.timeout, tensors, {tensors},
-                [this, tensor, dtype, op, root](Deadline d) {
-                  Flat flat(tensor);
+                [this, tensor, dtype, op, root, asked = options.reduceOp](Deadline d) {
+                  Flat flat(tensor, asked);
                   if (hosts_) {  // the sum everywhere, kept on the root only
                     at::Tensor sum = flat.tensor().clone();
                     hosts_->all_reduce(sum, op, d);
@@ -125,29 +125,26 @@ ProcessGroup::WorkPtr ProcessGroup::reduce_scatter(Tensors& outputs, TensorLists
     op = core_op(options.reduceOp);
     for (const auto& input : only_list("reduce_scatter", "the input", inputs, size_)) {
       check_same("reduce_scatter", "an input", input, output);
-      reals.push_back(as_real(input, op));
+      reals.push_back(as_real(input, options.reduceOp));
     }
     check_numel("reduce_scatter", "the output", output, inputs[0][static_cast<size_t>(rank_)].numel());
     reducible_dtype(reals[0], op);
   });
-  const at::Tensor output = with_python_errors([&] { return as_real(outputs[0], op); });
+  const at::Tensor output = with_python_errors([&] { return as_real(outputs[0], options.reduceOp); });
   return launch(OpType::REDUCE_SCATTER, "pypar:reduce_scatter", options.asyncOp, options.timeout, inputs[0], {outputs},
-                [this, reals, output, op](Deadline d) {
-                  if (hosts_) {  // shards may differ in size: sum everything, keep the own
-                    at::Tensor sum = c10d::flattenDenseTensors(reals);
-                    hosts_->all_reduce(sum, op, d);
-                    int64_t begin = 0;
-                    for (int r = 0; r < rank_; ++r) begin += reals[static_cast<size_t>(r)].numel();
-                    at::NoGradGuard no_grad;
-                    output.copy_(sum.narrow(0, begin, output.numel()).view(output.sizes()));
-                    return;
-                  }
-                  FlatList from(reals, true);
+                [this, reals, output, op, asked = options.reduceOp](Deadline d) {
+                  FlatList from(reals, asked);
                   Flat to(output, false);
                   std::vector<int64_t> counts;
                   for (const auto& input : reals) counts.push_back(input.numel());
-                  communicator_->reduce_scatter(from.inputs(), counts.data(), to.data(), reducible_dtype(output, op),
-                                                op, d);
+                  if (hosts_) {
+                    Tensors rows;
+                    for (auto& flat : from.flats) rows.push_back(flat.tensor());
+                    hosts_->reduce_scatter(to.tensor(), c10d::flattenDenseTensors(rows), counts, op, d);
+                  } else {
+                    communicator_->reduce_scatter(from.inputs(), counts.data(), to.data(), reducible_dtype(output, op),
+                                                  op, d);
+                  }
                   to.write_back();
                 });
 }
@@ -171,15 +168,15 @@ ProcessGroup::WorkPtr ProcessGroup::reduce_scatter_tensor_coalesced(Tensors& out
       check_dense(kWhat, inputs[i]);
       check_same(kWhat, "the output", outputs[i], inputs[i]);
       check_numel(kWhat, "the input", inputs[i], outputs[i].numel() * size_);
-      froms.push_back(as_real(inputs[i], op));
-      tos.push_back(as_real(outputs[i], op));
+      froms.push_back(as_real(inputs[i], options.reduceOp));
+      tos.push_back(as_real(outputs[i], options.reduceOp));
       reducible_dtype(froms.back(), op);
     }
   });
   return launch(OpType::_REDUCE_SCATTER_BASE, "pypar:_reduce_scatter_base", options.asyncOp, options.timeout, inputs,
-                {outputs}, [this, froms, tos, op](Deadline d) {
+                {outputs}, [this, froms, tos, op, asked = options.reduceOp](Deadline d) {
                   for (size_t i = 0; i < froms.size(); ++i) {
-                    Flat from(froms[i]), to(tos[i], false);
+                    Flat from(froms[i], asked), to(tos[i], false);
                     if (hosts_) {
                       hosts_->reduce_scatter(to.tensor(), from.tensor(), op, d);
                     } else {

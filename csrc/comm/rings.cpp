@@ -48,6 +48,7 @@ struct Rings::Message {
   size_t bytes;
   bool complete = false;
   std::unique_ptr<std::byte[]> data;
+  Fetch fetch;  // of a message that another host holds
 };
 
 struct Rings::Incoming {
@@ -73,7 +74,7 @@ Rings::Rings(Communicator& comm) : comm_(comm), me_(comm.rank()), world_(comm.wo
   chunk_bytes_ = (block_bytes_ - kHeaderBytes) / kRingSlots;
   out_.resize(static_cast<size_t>(world_));
   in_.resize(static_cast<size_t>(world_));
-  wanted_.assign(static_cast<size_t>(world_), 0);
+  wanted_.assign(static_cast<size_t>(comm.num_places()), 0);
 }
 
 Rings::~Rings() {
@@ -154,7 +155,7 @@ bool Rings::try_send(int dst, int64_t tag, const void* data, size_t bytes, DType
 bool Rings::try_recv(int src, int64_t tag, void* data, size_t bytes, DType dtype, int* source) {
   // Only the plain case: the message is the head of its ring, whole in one slot, and no other receive is before us.
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!posted_.empty() || !unexpected_.empty() || stop_ || comm_.aborted()) return false;
+  if (src >= world_ || !posted_.empty() || !unexpected_.empty() || stop_ || comm_.aborted()) return false;
   const int first = src == kAnySource ? 0 : src;
   const int last = src == kAnySource ? world_ - 1 : src;
   for (int s = first; s <= last; ++s) {
@@ -189,6 +190,7 @@ void Rings::give_credit(int src, bool all) {
 
 void Rings::post(const std::shared_ptr<RingOp>& op) {
   Ops finished;
+  Fetch fetch;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stop_) throw PeerError(comm_.rank_text(me_) + " of group '" + comm_.name() + "': the group was shut down");
@@ -200,12 +202,45 @@ void Rings::post(const std::shared_ptr<RingOp>& op) {
     } else {
       ++(op->peer == kAnySource ? wanted_any_ : wanted_[static_cast<size_t>(op->peer)]);
       pending_.push_back(op);
-      if (!take_unexpected(op, finished)) posted_.push_back(op);
+      if (!take_unexpected(op, finished, fetch)) posted_.push_back(op);
       for (int s = 0; s < world_; ++s) {
         if (s != me_ && (op->peer == kAnySource || op->peer == s)) drain(s, finished);
       }
     }
     if (!op->finished()) start_background();
+  }
+  report(finished);
+  if (fetch) fetch_into(op, fetch);
+}
+
+void Rings::announce(int src, int64_t tag, size_t bytes, DType dtype, Fetch fetch) {
+  Ops finished;
+  std::shared_ptr<RingOp> op;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stop_ || comm_.aborted()) return;
+    unexpected_.push_back(
+        std::make_unique<Message>(Message{src, tag, dtype, bytes, /*complete=*/true, nullptr, std::move(fetch)}));
+    op = match(src, tag);
+    if (!op) return;
+    take_unexpected(op, finished, fetch);
+  }
+  report(finished);
+  if (fetch) fetch_into(op, fetch);
+}
+
+// Without the lock: it may last. The operation stays pending, so that its memory stays.
+void Rings::fetch_into(const std::shared_ptr<RingOp>& op, const Fetch& fetch) {
+  std::exception_ptr error;
+  try {
+    fetch(op->data);
+  } catch (const PeerError&) {
+    error = std::current_exception();
+  }
+  Ops finished;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    finish(op, error, finished);
   }
   report(finished);
 }
@@ -300,7 +335,7 @@ bool Rings::drain(int src, Ops& finished) {
 }
 
 // A receive that is posted after its message left the ring.
-bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished) {
+bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished, Fetch& fetch) {
   for (auto it = unexpected_.begin(); it != unexpected_.end(); ++it) {
     Message& message = **it;
     if ((op->peer != kAnySource && op->peer != message.src) || op->tag != message.tag) continue;
@@ -312,6 +347,12 @@ bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished) {
       return true;
     }
     op->source = message.src;
+    if (message.src >= world_) {
+      op->fetching = true;
+      fetch = std::move(message.fetch);
+      unexpected_.erase(it);
+      return true;
+    }
     Incoming& in = in_[static_cast<size_t>(message.src)];
     const size_t here = message.complete ? message.bytes : in.got;
     if (here != 0) copy_bytes(op->data, message.data.get(), here);
@@ -385,15 +426,16 @@ std::string Rings::text_of(const RingOp& op) const {
 void Rings::check_pending(Ops& finished) {
   std::vector<std::pair<std::shared_ptr<RingOp>, std::exception_ptr>> hopeless;
   for (const auto& op : pending_) {
+    if (op->fetching) continue;
     try {
       comm_.check_alive(op->peer == kAnySource ? me_ : op->peer, text_of(*op), op->deadline);
       if (op->peer != kAnySource) continue;
       int gone = 0;
-      for (int r = 0; r < world_; ++r) {
+      for (int r = 0; r < comm_.num_places(); ++r) {
         try {
           if (r != me_) comm_.check_alive(r, text_of(*op), {});
         } catch (const PeerError&) {
-          if (++gone == world_ - 1) throw;
+          if (++gone == comm_.num_places() - 1) throw;
         }
       }
     } catch (const PeerError&) {
@@ -422,7 +464,9 @@ void Rings::fail_pending(std::exception_ptr error, Ops& finished) {
   for (auto& out : out_) out.queue.clear();
   for (auto& in : in_) in.op = nullptr;
   const Ops all = pending_;
-  for (const auto& op : all) finish(op, error, finished);
+  for (const auto& op : all) {
+    if (!op->fetching) finish(op, error, finished);
+  }
   // A half-received message has no home now; nothing is received after an abort.
 }
 
@@ -455,6 +499,7 @@ void Rings::wait(const std::shared_ptr<RingOp>& op, Deadline deadline) {
                             std::to_string(deadline.timeout_ms) + " ms, the timeout given to wait()";
     comm_.abort(why);
     fail_all(why);
+    wait_until(op, {});  // what another host was sending ends when its connection is cut
   }
   if (op->error) std::rethrow_exception(op->error);
 }
