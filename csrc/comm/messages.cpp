@@ -65,15 +65,16 @@ c10::intrusive_ptr<c10d::Work> Messages::send(const at::Tensor& flat, int place,
     const Watch::Send waiting(*watch_, place);
     watch_->fail(text, error.what(), {});
   }
-  return c10::make_intrusive<RemoteSend>(std::move(parts), flat, place, text, watch_, local_.group_rank(local_.rank()),
-                                         c10d::OpType::SEND, sequence, TensorLists{tensors}, "pypar:send", &tensors);
+  return c10::make_intrusive<RemoteSend>(std::move(parts), flat, place, text, local_.default_deadline(), watch_,
+                                         local_.group_rank(local_.rank()), c10d::OpType::SEND, sequence,
+                                         TensorLists{tensors}, "pypar:send", &tensors);
 }
 
 bool RemoteSend::wait(std::chrono::milliseconds timeout) {
   return with_python_errors([&] {
     std::lock_guard<std::mutex> one_at_a_time(waiting_);
     if (!done()) {
-      const auto deadline = timeout == kNoTimeout ? Deadline{} : Deadline::after(timeout);
+      const auto deadline = timeout == kNoTimeout ? deadline_ : Deadline::after(timeout);
       std::exception_ptr error;
       try {
         const Watch::Send waiting(*watch_, place_);
@@ -129,11 +130,13 @@ void Messages::run() {
 
 void Messages::fetch(std::byte* to, int rank, int tag, size_t bytes) {
   if (bytes == 0) return;
+  const Deadline deadline = local_.default_deadline();
   try {
     std::vector<at::Tensor> payload{bytes_at(to, bytes)};
     gloo_->recv(payload, rank, tag)->wait();
   } catch (const std::exception& error) {
-    watch_->fail("recv of " + std::to_string(bytes) + " bytes from rank " + std::to_string(rank), error.what(), {});
+    watch_->fail("recv of " + std::to_string(bytes) + " bytes from rank " + std::to_string(rank), error.what(),
+                 deadline);
   }
 }
 

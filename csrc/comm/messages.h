@@ -51,12 +51,13 @@ class RemoteSend : public Work {
  public:
   template <typename... Args>
   RemoteSend(std::vector<c10::intrusive_ptr<c10d::Work>> parts, at::Tensor kept, int place, std::string text,
-             std::shared_ptr<Watch> watch, Args&&... args)
+             Deadline deadline, std::shared_ptr<Watch> watch, Args&&... args)
       : Work(std::forward<Args>(args)...),
         parts_(std::move(parts)),
         kept_(std::move(kept)),
         place_(place),
         text_(std::move(text)),
+        deadline_(deadline),
         watch_(std::move(watch)) {}
   bool wait(std::chrono::milliseconds timeout) override;
 
@@ -66,6 +67,7 @@ class RemoteSend : public Work {
   at::Tensor kept_;
   const int place_;
   const std::string text_;
+  const Deadline deadline_;
   const std::shared_ptr<Watch> watch_;
 };
 

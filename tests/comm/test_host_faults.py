@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def some_leave(rank: int, world: int, folder: str, nodes: str, leavers: list[int
     return message
 
 
-@pytest.mark.parametrize("leavers", [[2, 3], [3]])
+@pytest.mark.parametrize("leavers", [[2, 3], [2], [3]])
 def test_ranks_that_leave_in_good_order_are_no_fault_until_they_are_called(tmp_path, leavers):
     messages = run_ranks(some_leave, 4, str(tmp_path), "aabb", leavers, backend="none")
     for rank in set(range(4)) - set(leavers):
@@ -195,3 +196,27 @@ def drop_pending(rank: int, world: int, folder: str, nodes: str):
 
 def test_abort_ends_the_other_hosts_and_leaves_nothing_that_waits(tmp_path):
     assert "rank 1 aborted group" in run_ranks(drop_pending, 2, str(tmp_path), "ab", backend="none")[0]
+
+
+def never_taken(rank: int, world: int, folder: str, nodes: str, kind: str):
+    start(rank, world, folder, nodes)
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if rank == 1:
+        time.sleep(5)  # in none of the calls
+        return None
+    calls = {
+        "send": lambda: dist.send(torch.ones(500_000), 1, group=group),
+        "recv": lambda: dist.recv(torch.ones(3), 1, group=group),
+        "all_reduce": lambda: dist.all_reduce(torch.ones(3), group=group),
+    }
+    started = time.time()
+    with pytest.raises(pypar.PeerError) as caught:
+        calls[kind]()
+    assert 1.9 < time.time() - started < LIMIT_S
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["send", "recv", "all_reduce"])
+def test_a_rank_of_another_host_that_never_calls_is_a_timeout(tmp_path, kind):
+    message = run_ranks(never_taken, 2, str(tmp_path), "ab", kind, backend="none")[0]
+    assert kind in message and "waited 2000 ms" in message and "the timeout of the group" in message, message
