@@ -73,10 +73,9 @@ class Hosts {
   bool leads() const { return local_.rank() == 0; }
   // Starts a call of gloo and waits for it. What gloo throws ends the group.
   void finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start);
-  void swap_across(at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
-                   std::vector<int64_t> input_splits, Deadline deadline);
-  void check_sizes(const std::vector<int64_t>& sizes, Deadline deadline);
-  void to_leader(const void* in, void* out, const std::vector<int64_t>& bytes, Deadline deadline);
+  void swap(c10d::Backend& gloo, at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
+            std::vector<int64_t> input_splits, Deadline deadline, const std::function<void()>& meanwhile = nullptr);
+  void check_sizes(const std::vector<int64_t>& sends, const std::vector<int64_t>& expects, Deadline deadline);
   void from_leader(const void* in, void* out, const std::vector<int64_t>& bytes, Deadline deadline);
   // Rank of the group -> its host and its place there.
   std::pair<int, int> place_of(int rank) const;

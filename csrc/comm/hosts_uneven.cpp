@@ -1,9 +1,10 @@
-// Collectives over hosts whose parts differ in size, or whose numbers of ranks do: what leaves a host is gathered at
-// its leader, the leaders swap what their hosts have for each other, and each leader hands out what came. So every byte
-// crosses the network once per host.
+// Collectives over hosts whose parts differ in size, or whose numbers of ranks do. What several ranks of a host need
+// crosses the network once: the leaders swap it, and each hands it out. What one rank has for one other goes straight
+// there, through shared memory if that one is near.
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include <ATen/ATen.h>
 
@@ -27,36 +28,21 @@ std::byte* begin_of(const at::Tensor& tensor) {
   return static_cast<std::byte*>(tensor.data_ptr());
 }
 
-// Appends to what `at` points to.
-void append(std::byte*& at, const void* data, int64_t bytes) {
-  copy_bytes(at, data, static_cast<size_t>(bytes));
-  at += bytes;
-}
-
 }  // namespace
 
-void Hosts::swap_across(at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
-                        std::vector<int64_t> input_splits, Deadline deadline) {
+// `meanwhile` runs while gloo is at it. Splits by value: gloo moves them away.
+void Hosts::swap(c10d::Backend& gloo, at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
+                 std::vector<int64_t> input_splits, Deadline deadline, const std::function<void()>& meanwhile) {
   finish("all_to_all", deadline, [&] {
     c10d::AllToAllOptions options;
     options.timeout = time_left(deadline);
-    return inner_.across->alltoall_base(output, input, output_splits, input_splits, options);
+    auto work = gloo.alltoall_base(output, input, output_splits, input_splits, options);
+    if (meanwhile) meanwhile();
+    return work;
   });
 }
 
-// bytes[r] from each rank of the host, one behind the other; `out` on the leader only.
-void Hosts::to_leader(const void* in, void* out, const std::vector<int64_t>& bytes, Deadline deadline) {
-  const auto local = static_cast<size_t>(local_.world());
-  std::vector<int64_t> send(local, 0), recv(local, 0);
-  std::vector<const void*> ins(local, in);
-  std::vector<void*> outs(local, out);
-  send[0] = bytes[static_cast<size_t>(local_.rank())];
-  if (leads()) recv = bytes;
-  for (size_t r = 1; r < local; ++r) outs[r] = static_cast<std::byte*>(outs[r - 1]) + recv[r - 1];
-  local_.all_to_all(ins.data(), send.data(), outs.data(), recv.data(), deadline);
-}
-
-// The other way round.
+// bytes[r] to each rank of the host, one behind the other in `in`, which only the leader reads.
 void Hosts::from_leader(const void* in, void* out, const std::vector<int64_t>& bytes, Deadline deadline) {
   const auto local = static_cast<size_t>(local_.world());
   std::vector<int64_t> send(local, 0), recv(local, 0);
@@ -117,133 +103,53 @@ void Hosts::all_gather(const void* in, const std::vector<int64_t>& bytes, void* 
   }
 }
 
+// Ranks of different hosts tell each other what they send: gloo ends the process that gets more than it expects.
+void Hosts::check_sizes(const std::vector<int64_t>& sends, const std::vector<int64_t>& expects, Deadline deadline) {
+  std::vector<int64_t> splits(sends.size(), 1);
+  for (int r : hosts_[static_cast<size_t>(host_)]) splits[static_cast<size_t>(r)] = 0;
+  std::vector<int64_t> far;
+  for (size_t r = 0; r < sends.size(); ++r) {
+    if (splits[r] != 0) far.push_back(sends[r]);
+  }
+  at::Tensor said = at::tensor(far, at::kLong), heard = at::empty_like(said);
+  swap(*inner_.whole, heard, splits, said, splits, deadline);
+  const auto* sent = heard.const_data_ptr<int64_t>();
+  for (size_t r = 0; r < sends.size(); ++r) {
+    if (splits[r] == 0 || *sent++ == expects[r]) continue;
+    const std::string why = "the ranks of group '" + local_.name() + "' disagree: rank " + std::to_string(r) +
+                            " sends " + std::to_string(sent[-1]) + " bytes to rank " + std::to_string(rank_) +
+                            ", which expects " + std::to_string(expects[r]) +
+                            "; every rank must make the same calls, with sizes that match";
+    local_.abort(why);
+    watch_->wake();
+    throw PeerError(why);
+  }
+}
+
 void Hosts::all_to_all(const void* const* ins, const std::vector<int64_t>& send_bytes, void* const* outs,
                        const std::vector<int64_t>& recv_bytes, Deadline deadline) {
   at::NoGradGuard no_grad;
   ++calls_;
-  const auto& mine = hosts_[static_cast<size_t>(host_)];
-  const auto local = static_cast<int64_t>(mine.size());
-  // What stays on the host.
-  {
-    std::vector<const void*> near_ins;
-    std::vector<void*> near_outs;
-    std::vector<int64_t> near_send, near_recv;
-    for (int r : mine) {
-      near_ins.push_back(ins[r]);
-      near_outs.push_back(outs[r]);
-      near_send.push_back(send_bytes[static_cast<size_t>(r)]);
-      near_recv.push_back(recv_bytes[static_cast<size_t>(r)]);
-    }
-    local_.all_to_all(near_ins.data(), near_send.data(), near_outs.data(), near_recv.data(), deadline);
+  std::vector<int64_t> far_send = send_bytes, far_recv = recv_bytes, near_send, near_recv;
+  std::vector<const void*> near_ins;
+  std::vector<void*> near_outs;
+  for (int r : hosts_[static_cast<size_t>(host_)]) {
+    near_ins.push_back(ins[r]);
+    near_outs.push_back(outs[r]);
+    near_send.push_back(std::exchange(far_send[static_cast<size_t>(r)], 0));
+    near_recv.push_back(std::exchange(far_recv[static_cast<size_t>(r)], 0));
   }
-  // The sizes of all ranks of the host: [rank][send or recv][peer].
-  std::vector<int64_t> own = send_bytes;
-  own.insert(own.end(), recv_bytes.begin(), recv_bytes.end());
-  std::vector<int64_t> sizes(own.size() * mine.size());
-  {
-    const std::vector<int64_t> bytes(mine.size(), static_cast<int64_t>(own.size() * sizeof own[0]));
-    std::vector<void*> rows;
-    for (int64_t l = 0; l < local; ++l) rows.push_back(&sizes[static_cast<size_t>(l) * own.size()]);
-    local_.all_gather(own.data(), bytes.data(), rows.data(), deadline);
-  }
-  enum Way { kSend, kRecv };
-  auto size_of = [&](int64_t l, Way way, int peer) {
-    return sizes[static_cast<size_t>((2 * l + way) * size_ + peer)];
-  };
-  auto block_of = [&](int64_t l, Way way, size_t host) {  // between a rank of this host and all ranks of another
-    int64_t bytes = 0;
-    for (int peer : hosts_[host]) bytes += size_of(l, way, peer);
-    return bytes;
-  };
-  std::vector<size_t> others;
-  for (size_t h = 0; h < hosts_.size(); ++h) {
-    if (static_cast<int>(h) != host_) others.push_back(h);
-  }
-  std::vector<int64_t> leaves(mine.size(), 0), comes(mine.size(), 0);  // by local rank
-  std::vector<int64_t> to(hosts_.size(), 0), from(hosts_.size(), 0);   // by host
-  for (int64_t l = 0; l < local; ++l) {
-    for (size_t h : others) {
-      leaves[static_cast<size_t>(l)] += block_of(l, kSend, h);
-      comes[static_cast<size_t>(l)] += block_of(l, kRecv, h);
-      to[h] += block_of(l, kSend, h);
-      from[h] += block_of(l, kRecv, h);
-    }
-  }
-  const auto me = static_cast<size_t>(local_.rank());
-  at::Tensor out = buffer(leaves[me]), in = buffer(comes[me]);  // host by host
+  check_sizes(far_send, far_recv, deadline);
+  at::Tensor out = buffer(sum_of(far_send)), in = buffer(sum_of(far_recv));
   std::byte* at = begin_of(out);
-  for (size_t h : others) {
-    for (int peer : hosts_[h]) append(at, ins[peer], send_bytes[static_cast<size_t>(peer)]);
+  for (size_t r = 0; r < far_send.size(); at += far_send[r], ++r) {
+    copy_bytes(at, ins[r], static_cast<size_t>(far_send[r]));
   }
-  at::Tensor gathered = buffer(leads() ? sum_of(leaves) : 0), dealt = buffer(leads() ? sum_of(comes) : 0);
-  to_leader(out.data_ptr(), gathered.data_ptr(), leaves, deadline);
-  if (leads()) {
-    check_sizes(sizes, deadline);
-    // [local rank][host] -> [host][local rank]
-    at::Tensor sent = buffer(sum_of(to)), received = buffer(sum_of(from));
-    at = begin_of(sent);
-    for (size_t h : others) {
-      const std::byte* row = begin_of(gathered);
-      for (int64_t l = 0; l < local; row += leaves[static_cast<size_t>(l)], ++l) {
-        const std::byte* block = row;
-        for (size_t g : others) {
-          if (g == h) break;
-          block += block_of(l, kSend, g);
-        }
-        append(at, block, block_of(l, kSend, h));
-      }
-    }
-    swap_across(received, from, sent, to, deadline);
-    // [host][its rank][local rank] -> [local rank][host][its rank]
-    std::vector<std::byte*> row(mine.size(), begin_of(dealt));
-    for (size_t l = 1; l < mine.size(); ++l) row[l] = row[l - 1] + comes[l - 1];
-    const std::byte* block = begin_of(received);
-    for (size_t h : others) {
-      for (int peer : hosts_[h]) {
-        for (int64_t l = 0; l < local; ++l) {
-          append(row[static_cast<size_t>(l)], block, size_of(l, kRecv, peer));
-          block += size_of(l, kRecv, peer);
-        }
-      }
-    }
-  }
-  from_leader(dealt.data_ptr(), in.data_ptr(), comes, deadline);
-  const std::byte* part = begin_of(in);
-  for (size_t h : others) {
-    for (int peer : hosts_[h]) {
-      copy_bytes(outs[peer], part, static_cast<size_t>(recv_bytes[static_cast<size_t>(peer)]));
-      part += recv_bytes[static_cast<size_t>(peer)];
-    }
-  }
-}
-
-// Leaders tell each other what their ranks send, before a byte of it is sent. `sizes` as in all_to_all.
-void Hosts::check_sizes(const std::vector<int64_t>& sizes, Deadline deadline) {
-  const auto& mine = hosts_[static_cast<size_t>(host_)];
-  std::vector<int64_t> said, splits;
-  for (const auto& host : hosts_) {
-    splits.push_back(static_cast<int64_t>(host.size() * mine.size()));
-    for (size_t l = 0; l < mine.size(); ++l) {
-      for (int peer : host) said.push_back(sizes[2 * l * static_cast<size_t>(size_) + static_cast<size_t>(peer)]);
-    }
-  }
-  at::Tensor input = at::tensor(said, at::kLong), output = at::empty_like(input);
-  swap_across(output, splits, input, splits, deadline);
-  const auto* heard = output.const_data_ptr<int64_t>();
-  for (const auto& host : hosts_) {
-    for (int peer : host) {
-      for (size_t l = 0; l < mine.size(); ++l, ++heard) {
-        const int64_t expected = sizes[(2 * l + 1) * static_cast<size_t>(size_) + static_cast<size_t>(peer)];
-        if (*heard == expected) continue;
-        const std::string why = "the ranks of group '" + local_.name() + "' disagree: rank " + std::to_string(peer) +
-                                " sends " + std::to_string(*heard) + " bytes to rank " + std::to_string(mine[l]) +
-                                ", which expects " + std::to_string(expected) +
-                                "; every rank must make the same calls, with sizes that match";
-        local_.abort(why);
-        watch_->wake();
-        throw PeerError(why);
-      }
-    }
+  swap(*inner_.whole, in, far_recv, out, far_send, deadline,
+       [&] { local_.all_to_all(near_ins.data(), near_send.data(), near_outs.data(), near_recv.data(), deadline); });
+  at = begin_of(in);
+  for (size_t r = 0; r < far_recv.size(); at += far_recv[r], ++r) {
+    copy_bytes(outs[r], at, static_cast<size_t>(far_recv[r]));
   }
 }
 
@@ -272,7 +178,7 @@ void Hosts::reduce_scatter(at::Tensor& output, const at::Tensor& input, const st
   const int64_t block = to[static_cast<size_t>(host_)];
   at::Tensor parts = at::empty({leads() ? static_cast<int64_t>(hosts_.size()) * block : 0}, sums.options());
   if (leads()) {
-    swap_across(parts, std::vector<int64_t>(hosts_.size(), block), sums, to, deadline);
+    swap(*inner_.across, parts, std::vector<int64_t>(hosts_.size(), block), sums, to, deadline);
     std::vector<const void*> hosts_parts;
     for (size_t h = 0; h < hosts_.size(); ++h) {
       hosts_parts.push_back(begin_of(parts) + static_cast<int64_t>(h) * block * parts.element_size());

@@ -4,6 +4,7 @@
 
 #include "comm/errors.h"
 #include "comm/tensors.h"
+#include "cpu/reduce.h"
 
 namespace pypar {
 
@@ -20,6 +21,7 @@ struct Header {
   uint64_t bytes;
   int32_t payload_tag;
   DType dtype;
+  std::byte payload[1000];  // if it fits
 };
 
 at::Tensor bytes_at(const void* data, size_t bytes) {
@@ -55,11 +57,13 @@ c10::intrusive_ptr<c10d::Work> Messages::send(const at::Tensor& flat, int place,
   std::vector<WorkPtr> parts;
   try {
     std::lock_guard<std::mutex> lock(mutex_);  // headers travel in the order of the sends
-    const Header header{tag, flat.nbytes(), kPayloadTag + next_payload_, movable_dtype(flat)};
+    Header header{tag, flat.nbytes(), kPayloadTag + next_payload_, movable_dtype(flat), {}};
+    const bool fits = header.bytes <= sizeof header.payload;
+    if (fits) copy_bytes(header.payload, flat.data_ptr(), header.bytes);
     next_payload_ = (next_payload_ + 1) % kNumPayloadTags;
     std::memcpy(header_bytes.data_ptr(), &header, sizeof header);
     std::vector<at::Tensor> head{header_bytes}, payload{bytes_at(flat.data_ptr(), flat.nbytes())};
-    if (header.bytes != 0) parts.push_back(gloo_->send(payload, rank, header.payload_tag));
+    if (!fits) parts.push_back(gloo_->send(payload, rank, header.payload_tag));
     parts.push_back(gloo_->send(head, rank, kHeaderTag));
   } catch (const std::exception& error) {
     const Watch::Send waiting(*watch_, place);
@@ -117,8 +121,10 @@ void Messages::run() {
       const int rank = work->sourceRank();
       int place = local_.world();
       while (local_.group_rank(place) != rank) ++place;
-      rings_.announce(place, header.tag, header.bytes, header.dtype,
-                      [this, header, rank](std::byte* to) { fetch(to, rank, header.payload_tag, header.bytes); });
+      rings_.announce(place, header.tag, header.bytes, header.dtype, [this, header, rank](std::byte* to) {
+        if (header.bytes <= sizeof header.payload) return copy_bytes(to, header.payload, header.bytes);
+        fetch(to, rank, header.payload_tag, header.bytes);
+      });
     }
   } catch (const std::exception& error) {
     try {
@@ -129,7 +135,6 @@ void Messages::run() {
 }
 
 void Messages::fetch(std::byte* to, int rank, int tag, size_t bytes) {
-  if (bytes == 0) return;
   const Deadline deadline = local_.default_deadline();
   try {
     std::vector<at::Tensor> payload{bytes_at(to, bytes)};

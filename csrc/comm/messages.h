@@ -1,8 +1,8 @@
 // Messages between ranks of different hosts, through gloo.
 //
 // A message is a header, which every rank listens for from anybody, and a payload, which stays with its sender until a
-// receive matches the header. So all receives are matched in one place, Rings, and a receive from any rank takes
-// whichever comes first, from this host or another.
+// receive matches the header (a small one rides in it). So all receives are matched in one place, Rings, and a receive
+// from any rank takes whichever comes first, from this host or another.
 #pragma once
 
 #include <memory>

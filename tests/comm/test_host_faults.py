@@ -149,6 +149,20 @@ def test_ranks_of_one_host_that_disagree_are_named_on_all_hosts(tmp_path):
         assert "rank 0 called reduce(float32[10], sum, root 0), rank 1 called reduce(float32[11], " in message
 
 
+def sizes_disagree(rank: int, world: int, folder: str, nodes: str):
+    start(rank, world, folder, nodes)
+    sends, expects = [2] * world, [2] * world
+    if rank == 0:
+        sends[2] = 5
+    out, x = torch.empty(sum(expects)), torch.ones(sum(sends))
+    return outcome(lambda: dist.all_to_all_single(out, x, expects, sends))[1]
+
+
+def test_sizes_that_disagree_between_hosts(tmp_path):
+    for message in run_ranks(sizes_disagree, 3, str(tmp_path), "aab", backend="none"):
+        assert "rank 0 sends 20 bytes to rank 2, which expects 8" in message
+
+
 def some_leave(rank: int, world: int, folder: str, nodes: str, leavers: list[int]):
     start(rank, world, folder, nodes)
     dist.all_reduce(torch.ones(40_000))
