@@ -9,11 +9,23 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+# Of 0.0 and -0.0 the earlier one, so that the bits are the same everywhere; torch.minimum gives this or that one,
+# depending on where in the tensor they are. A NaN stays, as in torch.minimum.
+def _minimum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where((b < a) | (b != b), b, a)
+
+
+def _maximum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.where((b > a) | (b != b), b, a)
+
+
 REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "sum": torch.add,
     "avg": torch.add,
-    "max": torch.maximum,
-    "min": torch.minimum,
+    "max": _maximum,
+    "min": _minimum,
     "product": torch.mul,
     "band": torch.bitwise_and,
     "bor": torch.bitwise_or,
