@@ -73,7 +73,7 @@ void Communicator::all_reduce(const void* in, void* out, int64_t count, DType dt
     };
     const uint64_t window = in == out ? call.window_of(in, static_cast<size_t>(bytes)) : 0;
     if (world == 2 || bytes <= kOneShotBytes) {
-      const int64_t chunk = static_cast<int64_t>(slot_bytes_) / item;
+      const int64_t chunk = static_cast<int64_t>(chunk_bytes_) / item;
       auto items = [&](int64_t c) {
         return std::min(chunk, count - c * chunk);
       };
@@ -182,7 +182,7 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
       return reduce_rows(out, srcs.data(), world, own, dtype, op);
     }
     const uint64_t window = contiguous ? call.window_of(ins[0], static_cast<size_t>(total * item)) : 0;
-    const int64_t per = static_cast<int64_t>(slot_bytes_) / (world - 1) / kCacheLineBytes * kCacheLineBytes / item;
+    const int64_t per = static_cast<int64_t>(chunk_bytes_) / (world - 1) / kCacheLineBytes * kCacheLineBytes / item;
     const int64_t largest = *std::max_element(counts, counts + world);
     auto items = [&](int64_t c, int d) {
       return std::clamp<int64_t>(counts[d] - c * per, 0, per);
@@ -238,7 +238,7 @@ void Communicator::all_gather(const void* in, const int64_t* bytes, void* const*
       if (r == me) before_me = at;
     }
     const uint64_t window = contiguous ? call.window_of(outs[0], static_cast<size_t>(total)) : 0;
-    const auto chunk = static_cast<int64_t>(slot_bytes_);
+    const auto chunk = static_cast<int64_t>(chunk_bytes_);
     auto part = [&](int64_t c, int r) {
       return static_cast<size_t>(std::clamp<int64_t>(bytes[r] - c * chunk, 0, chunk));
     };

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "comm/call.h"
+#include "cpu/reduce.h"
 #include "pypar/signal.h"
 
 namespace pypar {
@@ -16,6 +17,8 @@ constexpr size_t kPageBytes = 4096;
 constexpr size_t kRingsAt = kPageBytes + Windows::kTableBytes;
 // Larger than a core's L2, so that a slot has left the peer's cache when it is written again: docs/design/0002.
 constexpr size_t kSlotBytes = 1u << 20;
+// Where copies write lines without reading them first that does not matter, and small chunks overlap sooner.
+constexpr size_t kUnreadChunkBytes = 256u << 10;
 constexpr uint64_t kSpinNs = 100'000;
 constexpr uint64_t kBackgroundSpinNs = 2'000;
 
@@ -51,6 +54,7 @@ Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)),
                         std::to_string(kMaxWorld) + " can share memory");
   }
   slot_bytes_ = kSlotBytes;
+  chunk_bytes_ = copies_without_reading() ? kUnreadChunkBytes : kSlotBytes;
   ring_bytes_ = pypar::ring_region(world());
   spin_ns_ = world() > mesh_->num_cores ? 0 : kSpinNs;
   seen_.assign(static_cast<size_t>(world()), 0);

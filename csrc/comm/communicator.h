@@ -177,6 +177,7 @@ class Communicator {
   std::vector<ControlHeader*> heads_;
   std::vector<std::byte*> slots_;
   size_t slot_bytes_ = 0;
+  size_t chunk_bytes_ = 0;  // of a slot, that a large staged tensor takes at a time
   size_t ring_bytes_ = 0;
   uint64_t spin_ns_ = 0;
   uint64_t calls_ = 0;

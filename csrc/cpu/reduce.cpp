@@ -142,6 +142,14 @@ const char* copy_method() {
   return block_copy().name;
 }
 
+bool copies_without_reading() {
+#if defined(__x86_64__)
+  return block_copy().copy == copy_movsb;
+#else
+  return false;
+#endif
+}
+
 void copy_bytes(void* dst, const void* src, size_t bytes) {
   if (dst == src || bytes == 0) return;
   if (bytes < kBlockBytes) {

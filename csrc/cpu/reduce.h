@@ -19,6 +19,7 @@ const char* cpu_capability();
 
 // "rep movsb", "avx2" or "memcpy": how this processor moves large blocks.
 const char* copy_method();
+bool copies_without_reading();  // the lines that it overwrites
 
 // memcpy that takes equal addresses and zero bytes.
 void copy_bytes(void* dst, const void* src, size_t bytes);
