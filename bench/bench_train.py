@@ -1,153 +1,177 @@
-"""A training step on 2 ranks with one thread each: DataParallel and torch's DDP against no communication at all.
+"""A training step on 2 ranks with one thread each: pypar.DataParallel and torch's DDP against no communication.
 
-python bench/bench_train.py [--quick] [--model small|large] [--variants none ddp-gloo ddp-pypar dp-pypar]
+python -m bench.bench_train [--quick] [--model small large] [--variants none ddp-gloo dp-pypar] [--steps 10]
 
-efficiency = time of the same compute and optimizer without communication / time of the step, both in this run: the
-variants take turns, step by step. Before anything is timed, the gradients of all variants are compared.
+efficiency = time of the same compute and optimizer without communication ("none") / time of the step: medians of one
+run, each step as long as its slowest rank. The variants take turns, step by step; before and after, every gradient of
+every variant is held against one process that sees the whole batch.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
-import statistics
-import time
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from models import CONFIGS, GPT
-from torch.nn.parallel import DistributedDataParallel
+from bench import harness, report
+from bench.harness import Case, Result
+from bench.models import CONFIGS
+from bench.pool import RankPool
+from bench.training import BATCH, BUCKET_MB, WAYS, TrainRank, TrainVariant, Way, case_of, model_of, tokens_per_step
 
-import pypar
-from pypar import backend
-from pypar.testing import run_ranks
+BENCH = "bench_train"
+DEFAULT_WAYS = ("none", "ddp-gloo", "ddp-pypar", "dp-pypar")
+TARGET = (">=", 94.0)  # per cent, of pypar.DataParallel over pypar, on 2 ranks that learn a model of TARGET_MODELS
+TARGET_MODELS = ("small", "large")
+MIN_ROUNDS = 5  # of a regime, to be shown rather than "mixed" or a longer one
+PLAUSIBLE = 102.0  # per cent; above, something else than communication slowed "none" down
+PATIENCE = 2  # times --steps rounds at most; a step can outlast a regime, so that all rounds are mixed
 
-VARIANTS = ("none", "ddp-gloo", "ddp-pypar", "dp-gloo", "dp-gloo-copy", "dp-pypar", "dp-pypar-copy")
-DEFAULT_VARIANTS = ("none", "ddp-gloo", "ddp-pypar", "dp-pypar")
-BATCH = {"tiny": 2, "small": 2, "large": 1}  # per rank
+EPILOG = """variants
+  none           the plain module and its optimizer, no communication
+  ddp-gloo       torch's DistributedDataParallel over gloo; ddp-pypar: over pypar
+  dp-pypar       pypar.DataParallel over pypar, the gradients of nn.Linear produced in the bucket; dp-gloo: over gloo
+  dp-pypar-copy  the same, those gradients copied into the bucket; dp-gloo-copy: over gloo
 
+models (million parameters, tokens per rank and step; GiB of memory per variant on 2 ranks)
+  small   12 layers, d 512, 8 heads, ff 1408: 43, 512; about 2
+  large   8 layers, d 1024, 16 heads, ff 2816: 111, 256; about 3
+  tiny    2 layers, d 64: a smoke test; its times mean nothing
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few steps of a tiny model: does it run, is it right")
-    parser.add_argument("--model", choices=sorted(CONFIGS), default="small")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(DEFAULT_VARIANTS))
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each variant (default 20)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each variant before that (default 3)")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--bucket-mb", type=float, default=25)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bench_train.csv")
-    args = parser.parse_args()
-    if args.quick:
-        args.model, args.steps, args.warmup = "tiny", 5, 2
-    variants = list(dict.fromkeys(["none", *args.variants]))
-    if not backend.available():
-        print("the compiled extension is absent: without the pypar variants")
-        variants = [v for v in variants if v.split("-")[1:2] != ["pypar"]]
-    job = (args.model, variants, args.warmup, args.steps, args.bucket_mb)
-    times = run_ranks(measure, args.ranks, *job, backend="gloo", timeout_s=300, limit_s=3600)
-    report(args, variants, times)
+A row per variant and regime goes to bench/results/bench_train.csv, a chart per model to bench_train_<model>.png.
+Exit code 1: a variant computed something wrong; it has no row.
+"""
 
 
-def build(variant: str, model: str, bucket_mb: float) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    module: torch.nn.Module = GPT(CONFIGS[model])
-    kind, group = variant.split("-")[0], None
-    if kind != "none":
-        group = dist.new_group(backend=variant.split("-")[1])
-    if kind == "ddp":
-        module = DistributedDataParallel(module, process_group=group, bucket_cap_mb=bucket_mb)
-    elif kind == "dp":
-        fuse = not variant.endswith("-copy")
-        module = pypar.DataParallel(module, group, bucket_size_mb=bucket_mb, fuse_linear_grads=fuse)
-    return module, torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+def ways_of(names: Sequence[str], buckets_mb: Sequence[float]) -> dict[str, Way]:
+    """name of the variant -> way; "none" is always there, first. With several bucket sizes the names tell them."""
+    ways = {"none": WAYS["none"]}
+    for name in names:
+        for mb in buckets_mb if name != "none" else ():
+            ways[name if len(buckets_mb) == 1 else f"{name} {mb:g} MiB"] = replace(WAYS[name], bucket_mb=mb)
+    return ways
 
 
-def measure(rank: int, world_size: int, model: str, variants: list[str], warmup: int, steps: int, bucket_mb: float):
-    """{variant: seconds per step} of this rank; AssertionError where a variant computes something else."""
-    config, batch = CONFIGS[model], BATCH[model]
-    torch.manual_seed(100)
-    data = torch.randint(config.vocab_size, (world_size * batch, config.seq_len + 1))
-    share = data[rank * batch : (rank + 1) * batch]
-    built: dict[str, Any] = {variant: build(variant, model, bucket_mb) for variant in variants}
-    verify(built, data, share)
+def usable(ways: dict[str, Way], say: Callable[[str], None] = print) -> dict[str, Way]:
+    """Those that this installation has."""
+    import torch.distributed as dist
 
-    def step(variant: str) -> float:
-        module, optimizer = built[variant]
-        dist.barrier()
-        start = time.perf_counter()
-        module(share[:, :-1], share[:, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
+    import pypar
 
-    for _ in range(warmup):
-        for variant in variants:
-            step(variant)
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    for _ in range(steps):
-        for variant in variants:
-            times[variant].append(step(variant))
-    return times
+    if pypar.backend.available() and "pypar" in dist.Backend.backend_list:
+        return ways
+    missing = [name for name, way in ways.items() if way.backend == "pypar"]
+    if missing:
+        say(f"skipped, the compiled extension is not there: {', '.join(missing)}")
+    return {name: way for name, way in ways.items() if name not in missing}
 
 
-def verify(built: dict[str, Any], data: torch.Tensor, share: torch.Tensor) -> None:
-    """Loss and every gradient of every variant against one process that sees the whole batch."""
-    world_size, batch = data.shape[0] // share.shape[0], share.shape[0]
-    whole, _ = built["none"]
-    expected = whole(data[:, :-1], data[:, 1:])
-    expected.backward()
-    for variant, (module, _) in built.items():
-        if variant == "none":
-            continue
-        loss = module(share[:, :-1], share[:, 1:])
-        loss.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(total / world_size, expected.detach(), rtol=1e-5, atol=1e-6, msg=variant)
-        for (name, ours), theirs in zip(module.module.named_parameters(), whole.parameters(), strict=True):
-            torch.testing.assert_close(
-                ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, v=variant, n=name: f"{v}: {n}: {m}"
-            )
-        module.zero_grad()
-    whole.zero_grad()
-    assert batch * world_size == data.shape[0]
+def efficiency(results: Sequence[Result], case: Case, ways: dict[str, Way]) -> list[report.Ratio]:
+    """Per cent, of the results of one regime; the target where there is one."""
+    times = report.medians(results)
+
+    def of(variant: str) -> Callable[[int], float | None]:
+        def value(nbytes: int) -> float | None:
+            both = times.get(("none", nbytes)), times.get((variant, nbytes))
+            return 100 * both[0] / both[1] if both[0] and both[1] else None
+
+        return value
+
+    def limit(name: str) -> Callable[[int], tuple[str, float] | None]:
+        percent = of(name)(case.nbytes)
+        is_held = case.ranks == 2 and model_of(case) in TARGET_MODELS and ways[name] == WAYS["dp-pypar"]
+        return lambda nbytes: TARGET if is_held and percent is not None and percent <= PLAUSIBLE else None
+
+    return [report.Ratio(name, of(name), limit(name)) for name in ways]
 
 
-def report(args: argparse.Namespace, variants: list[str], times: list[dict[str, list[float]]]) -> None:
-    """Prints the table and appends a CSV row for each variant. A step takes as long as its slowest rank."""
-    slowest = {v: [max(ranks) for ranks in zip(*(t[v] for t in times), strict=True)] for v in variants}
-    none = statistics.median(slowest["none"])
-    print(f"{args.model}, {args.ranks} ranks, {args.steps} steps\nvariant          median ms   p20   p80   efficiency")
-    rows = []
-    for variant in variants:
-        ms = sorted(1e3 * t for t in slowest[variant])
-        median, p20, p80 = statistics.median(ms), ms[len(ms) // 5], ms[len(ms) * 4 // 5]
-        # Of the ratios of neighbouring steps: what slows the machine down slows both.
-        ratio = statistics.median(a / b for a, b in zip(slowest["none"], slowest[variant], strict=True))
-        print(f"{variant:16} {median:9.1f} {p20:6.0f} {p80:6.0f} {100 * ratio:9.1f} %")
-        rows.append(
-            {
-                "bench": "train", "model": args.model, "variant": variant, "ranks": args.ranks, "steps": args.steps,
-                "bucket_mb": args.bucket_mb, "median_ms": round(median, 2), "p20_ms": round(p20, 2),
-                "p80_ms": round(p80, 2), "efficiency": round(ratio, 4), "none_ms": round(1e3 * none, 2),
-                "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+def add_columns(results: Sequence[Result], case: Case, ways: dict[str, Way]) -> None:
+    """efficiency and tokens per second, of each result by its own regime."""
+    for regime in {r.regime for r in results if not r.refused}:
+        mine = [r for r in results if r.regime == regime and not r.refused]
+        ratios = {ratio.name: ratio.value(case.nbytes) for ratio in efficiency(mine, case, ways)}
+        for r in mine:
+            percent = ratios[r.variant]
+            r.extra = {
+                "efficiency": "" if percent is None else f"{percent / 100:.4f}",
+                "tokens_per_s": f"{1e6 * tokens_per_step(case) / r.median_us:.1f}",
             }
-        )  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    new = not args.out.exists()
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"rows appended to {args.out.name}")
+
+
+def publish(results: Sequence[Result], case: Case, ways: dict[str, Way], folder: Path) -> bool:
+    """Prints the table, writes the CSV rows and the chart. False when a variant was refused."""
+    add_columns(results, case, ways)
+    kept = harness.one_regime(results, MIN_ROUNDS)
+    regime = next((r.regime for r in kept if r.regime), "no")
+    ratios = efficiency(kept, case, ways)
+    title = f"training step, {model_of(case)}: {case.nbytes / 4e6:.3g} million parameters, {case.ranks} ranks"
+    print(f"\n{title}, one thread each, float32, {regime} regime")
+    print(report.step_table(kept, ratios, tokens_per_step(case)))
+    if any((ratio.value(case.nbytes) or 0) > PLAUSIBLE for ratio in ratios):
+        print(f'above {PLAUSIBLE:g} %: something slowed "none" down; no verdict, measure again')
+    others = sorted({r.regime for r in results if r.regime} - {regime})
+    if others:
+        print(f"regime {' and '.join(others)}: in the CSV")
+    csv_path = harness.write_csv(BENCH, results, folder)
+    png_path = report.bars(f"{BENCH}_{model_of(case)}", f"{title} ({regime} regime)", kept, ratios, folder)
+    print(f"\n{csv_path}\n{png_path}")
+    return not any(r.refused for r in results)
+
+
+def run_model(
+    model: str,
+    ways: dict[str, Way],
+    steps: int,
+    num_ranks: int = 2,
+    kind: type[TrainRank] = TrainRank,
+    say: Callable[[str], None] = print,
+) -> tuple[Case, list[Result]]:
+    """Verifies and times the ways, in processes that are gone afterwards."""
+    case, pool = case_of(model, num_ranks), RankPool(num_ranks, kind, ways)
+    variants = [TrainVariant(name, pool, way) for name, way in ways.items()]
+    try:
+        return case, harness.run(variants, [case], steps, 0, say, min_samples=1, patience=PATIENCE)
+    finally:
+        pool.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m bench.bench_train",
+        description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[2],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--quick", action="store_true", help="a few steps of the tiny model: does it run, is it right")
+    p.add_argument("--model", nargs="+", choices=list(CONFIGS), default=["small"], help="one or more; default small")
+    p.add_argument("--variants", nargs="+", choices=list(WAYS), default=list(DEFAULT_WAYS), metavar="V",
+                   help=f"of the list below; default {' '.join(DEFAULT_WAYS)}; none is always run")  # fmt: skip
+    p.add_argument("--steps", type=int, default=10, metavar="N",
+                   help=f"timed steps of a variant in one regime, {PATIENCE} N in all at most; default 10")  # fmt: skip
+    p.add_argument("--ranks", type=int, default=2, choices=range(2, 9), metavar="2..8")
+    p.add_argument("--bucket-mb", type=float, nargs="+", default=[BUCKET_MB], metavar="MIB",
+                   help=f"bucket size in MiB; several are compared with each other; default {BUCKET_MB:g}")  # fmt: skip
+    p.add_argument("--results", type=Path, default=harness.RESULTS, metavar="FOLDER", help="for CSV rows and charts")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 when a variant was refused, else 0."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.steps < 1 or min(args.bucket_mb) <= 0:
+        p.error(f"--steps {args.steps} and --bucket-mb {args.bucket_mb} must be above 0")
+    models, steps = (["tiny"], 5) if args.quick else (args.model, args.steps)
+    ways = usable(ways_of(args.variants, args.bucket_mb))
+    right = True
+    for model in models:
+        print(f"{model}: {', '.join(ways)}; {steps} steps in turn, batch {BATCH[model]} per rank")
+        case, results = run_model(model, ways, steps, args.ranks)
+        right = publish(results, case, ways, args.results) and right
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from bench import harness, native, programs, ranks, report
 from bench.harness import Case, Result, Variant, size_name
+from bench.pool import RankPool
 
 OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send")
 SIZES = tuple(8 << k for k in (0, 7, 11, 13, 15, 17, 19, 21, 23))  # 8 B, 1 KiB, 16 KiB, 64 KiB, ... 64 MiB
@@ -88,7 +89,7 @@ class Bench:
         missing = [name for name in ranks.VARIANTS if name not in usable]
         if missing:
             say(f"skipped, the compiled extension does not offer them here: {', '.join(missing)}")
-        self.pool = ranks.RankPool(num_ranks, max_bytes, has_pypar=len(usable) > 1)
+        self.pool = RankPool(num_ranks, ranks.CollectiveRank, max_bytes, len(usable) > 1)
         self.programs: list[programs.ProgramVariant] = []
         for kind in ("staged", "symmetric"):
             try:
@@ -97,7 +98,7 @@ class Bench:
                 say(f"reference {kind}: skipped, {error}")
         if with_peers:
             self.programs += programs.peers(num_ranks, max_bytes, say)
-        self.variants: list[Variant] = [*(ranks.RankVariant(name, self.pool) for name in usable), *self.programs]
+        self.variants: list[Variant] = [*(ranks.CollectiveVariant(name, self.pool) for name in usable), *self.programs]
 
     def __enter__(self) -> Bench:
         return self

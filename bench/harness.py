@@ -82,6 +82,7 @@ class Result:
     refused: str = ""
     choice: str = ""
     line_ns: list[tuple[float, float]] = field(default_factory=list)  # before and after each round
+    extra: dict[str, str] = field(default_factory=dict)  # columns of this bench alone
 
     @property
     def median_us(self) -> float:
@@ -115,13 +116,13 @@ class _Timing:
         if wrong:
             self.refused = f"wrong result: {wrong}"
 
-    def warm_up(self, budget_us: float) -> None:
+    def warm_up(self, budget_us: float, min_samples: int) -> None:
         alone = self.case.nbytes >= ALONE_BYTES
         warm = self._call(lambda: self.variant.measure(self.case, 1 if alone else 10, 3))
         if warm:
             us = max(min(warm), 0.05)
             self.iters = 1 if alone else max(1, min(2000, int(200 / us)))
-            self.num_samples = max(3, min(100, int(budget_us / (us * self.iters))))
+            self.num_samples = max(min_samples, min(100, int(budget_us / (us * self.iters))))
 
     def round(self) -> list[float]:
         return self._call(lambda: self.variant.measure(self.case, self.iters, self.num_samples)) or []
@@ -140,18 +141,21 @@ class _Timing:
         return list(self.by_regime.values())
 
 
-def run_case(variants: Sequence[Variant], case: Case, rounds: int, budget_us: float) -> list[Result]:
-    """Verifies, warms up and times every variant on one case, interleaved. budget_us: per variant and round.
+def run_case(
+    variants: Sequence[Variant], case: Case, rounds: int, budget_us: float, min_samples: int = 3, patience: int = 3
+) -> list[Result]:
+    """Verifies, warms up and times every variant on one case, interleaved.
 
-    Goes on until one regime has this many rounds, or three times as many are over.
+    budget_us: per variant and round, which has at least min_samples samples all the same. Goes on until one regime has
+    this many rounds, or patience times as many are over.
     """
     timings = [_Timing(variant, case) for variant in variants if not variant.skips(case)]
     for timing in timings:
         timing.verify()
-        timing.warm_up(budget_us)
+        timing.warm_up(budget_us, min_samples)
     pure: Counter[str] = Counter()
     before_ns = native.line_latency_ns()
-    for _ in range(3 * rounds):
+    for _ in range(patience * rounds):
         us = [timing.round() for timing in timings]
         line_ns = before_ns, native.line_latency_ns()
         for timing, samples in zip(timings, us, strict=True):
@@ -166,15 +170,19 @@ def run_case(variants: Sequence[Variant], case: Case, rounds: int, budget_us: fl
     return [result for timing in timings for result in timing.results()]
 
 
-def one_regime(results: Sequence[Result]) -> list[Result]:
-    """Of each case the results of one regime only, fit to be compared: fast if it has 3 rounds, else the longest."""
+def one_regime(results: Sequence[Result], min_rounds: int = 1) -> list[Result]:
+    """Of each case the results of one regime only, fit to be compared: fast if it has enough rounds, else the longest.
+
+    Enough is 3, or min_rounds if that is more. "mixed" is the last choice: only where no other has min_rounds.
+    """
     kept: list[Result] = []
     for case in dict.fromkeys(r.case for r in results):
         mine = [r for r in results if r.case == case]
         rounds = {r.regime: len(r.line_ns) for r in mine if not r.refused}
         order = {"mixed": 0, "slow": 1}
-        best = max(rounds, key=lambda name: (rounds[name] if name != "mixed" else 0, order.get(name, 2)), default="")
-        if rounds.get("fast", 0) >= 3:
+        longest = {name: n if name != "mixed" else min(n, min_rounds - 1) for name, n in rounds.items()}
+        best = max(rounds, key=lambda name: (longest[name], order.get(name, 2)), default="")
+        if rounds.get("fast", 0) >= max(3, min_rounds):
             best = "fast"
         kept += [r for r in mine if r.refused or r.regime == best]
     return kept
@@ -186,11 +194,13 @@ def run(
     rounds: int = 5,
     budget_us: float = 20_000,
     say: Callable[[str], None] = lambda line: None,
+    min_samples: int = 3,
+    patience: int = 3,
 ) -> list[Result]:
     """run_case over all cases. say: told of every case and of every refusal."""
     results: list[Result] = []
     for case in cases:
-        of_case = run_case(variants, case, rounds, budget_us)
+        of_case = run_case(variants, case, rounds, budget_us, min_samples, patience)
         results += of_case
         rounds_of = {r.regime: len(r.line_ns) for r in of_case if not r.refused}
         say(f"{case.op} {size_name(case.nbytes)}: " + ", ".join(f"{n} rounds {name}" for name, n in rounds_of.items()))
@@ -242,13 +252,23 @@ def machine_facts() -> dict[str, Any]:
 
 
 def write_csv(bench: str, results: Sequence[Result], folder: Path = RESULTS) -> Path:
-    """Appends a row per verified result to <folder>/<bench>.csv. A refused variant gets none."""
+    """Appends a row per verified result to <folder>/<bench>.csv. A refused variant gets none.
+
+    Raises ValueError for a file that has other columns, as an earlier version may have written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{bench}.csv"
     facts = machine_facts()
+    columns = [*COLUMNS, *dict.fromkeys(name for r in results for name in r.extra)]
     is_new = not path.exists()
+    if not is_new:
+        there = path.read_text().partition("\n")[0].split(",")
+        if not set(columns) <= set(there):
+            missing = ", ".join(sorted(set(columns) - set(there)))
+            raise ValueError(f"{path} has no column {missing}: move the file away, and run again")
+        columns = there
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if is_new:
             writer.writeheader()
         for r in results:
@@ -264,6 +284,7 @@ def write_csv(bench: str, results: Sequence[Result], folder: Path = RESULTS) -> 
                     **{"ranks": r.case.ranks, "dtype": r.case.dtype, "rounds": len(r.line_ns), "choice": r.choice},
                     **{"samples": len(r.us), "verified": True, "regime": r.regime},
                     **{name: f"{value:.3f}" for name, value in {**times, **probe}.items()},
+                    **r.extra,
                 }
             )
     return path

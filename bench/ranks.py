@@ -1,31 +1,18 @@
-"""Variants that are Python: gloo and pypar, in one pair (or W) of processes that hold a group of each.
-
-The ranks wait for commands at a pipe, so that an idle pool costs nothing. The clock starts behind a barrier in shared
-memory (probe.c), the same for every variant.
-"""
+"""Collectives from Python: gloo and pypar, in one pair (or W) of processes that hold a group of each."""
 
 from __future__ import annotations
 
-import mmap
 import os
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from bench import native
 from bench.harness import ALONE_BYTES, Case
-
-LIMIT_S = 120.0
-PAGE_BYTES = 1 << 16
+from bench.pool import LIMIT_S, PoolVariant, Rank
 
 # Variant name -> (group, interface, symmetric memory?, output in a new tensor?)
 VARIANTS = {
@@ -61,20 +48,15 @@ def element(rank: int, index: torch.Tensor, salt: int) -> torch.Tensor:
     return ((rank + 1) * (1 + (index + salt) % 1021)).float()
 
 
-class RankState:
+class CollectiveRank(Rank):
     """What one rank holds: the groups, and two tensors of ordinary and two of symmetric memory."""
 
     def __init__(self, rank: int, world: int, folder: str, page: str, max_bytes: int, has_pypar: bool):
-        self.rank, self.world, self.salt, self.epoch = rank, world, 0, 0
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[rank % len(cores)]})
-        torch.set_num_threads(1)
-        store = dist.FileStore(str(Path(folder) / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT_S))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})  # before any thread of a group is there
+        super().__init__(rank, world, folder, page)
+        self.salt = 0
         self.groups: dict[str, Any] = {"gloo": dist.group.WORLD}
-        with open(page, "r+b") as file:
-            self.page = mmap.mmap(file.fileno(), PAGE_BYTES)
-        self.counters = torch.frombuffer(self.page, dtype=torch.uint8).data_ptr()
         num = max_bytes // 4
         self.memory = {False: (torch.zeros(num), torch.zeros(num))}
         if has_pypar:
@@ -88,11 +70,6 @@ class RankState:
             pair = [symmetric.empty(num, dtype=torch.float32, device=torch.device("cpu")).zero_() for _ in range(2)]
             self.handles = [symmetric.rendezvous(tensor, name) for tensor in pair]
             self.memory[True] = (pair[0], pair[1])
-
-    def barrier(self) -> None:
-        self.epoch += 1
-        if native.library().bench_barrier(self.counters, self.rank, self.world, self.epoch, LIMIT_S):
-            raise TimeoutError(f"rank {self.rank}: a peer did not come to the barrier of the bench")
 
     def prepare(self, variant: str, case: Case) -> tuple[Callable[[int], Any], torch.Tensor, torch.Tensor]:
         """(run(root) -> the result or None, the input, where the result lies)."""
@@ -195,100 +172,8 @@ class RankState:
         return us
 
 
-def _rank_main(rank: int, world: int, folder: str, page: str, max_bytes: int, has_pypar: bool, pipe: Connection):
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        state = RankState(rank, world, folder, page, max_bytes, has_pypar)
-        pipe.send(("ok", None))
-        while (command := pipe.recv()) is not None:
-            what, *args = command
-            pipe.send(("ok", getattr(state, what)(*args)))
-    except EOFError:
-        pass
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
-    os._exit(0)  # no orderly end of groups: a peer may be gone already
-
-
-class RankPool:
-    """The W processes. Started when first asked; after a failure they are killed, and started afresh."""
-
-    def __init__(self, world: int, max_bytes: int, has_pypar: bool):
-        self.world, self.max_bytes, self.has_pypar = world, max_bytes, has_pypar
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-        self._page = -1
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def ask(self, *command: Any) -> list[Any]:
-        """The answer of every rank, by rank."""
-        try:
-            if not self._processes:
-                self._start()
-            for pipe in self._pipes:
-                pipe.send(command)
-            return self._answers()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()  # they hold nothing that needs an orderly end
-            process.join()
-        if self._page >= 0:
-            os.close(self._page)
-        if self._folder is not None:
-            self._folder.cleanup()
-        self._processes, self._pipes, self._page, self._folder = [], [], -1, None
-
-    def _start(self) -> None:
-        native.library()  # compiled once, before the ranks ask for it
-        context = mp.get_context("spawn")
-        self._folder = tempfile.TemporaryDirectory(prefix="pypar_bench_")
-        self._page = os.memfd_create("pypar_bench")
-        os.ftruncate(self._page, PAGE_BYTES)
-        page = f"/proc/{os.getpid()}/fd/{self._page}"
-        for rank in range(self.world):
-            here, there = context.Pipe()
-            args = (rank, self.world, self._folder.name, page, self.max_bytes, self.has_pypar, there)
-            self._processes.append(context.Process(target=_rank_main, args=args, daemon=True))
-            self._processes[-1].start()
-            self._pipes.append(here)
-            there.close()
-        self._answers()
-
-    def _answers(self) -> list[Any]:
-        deadline = time.monotonic() + 2 * LIMIT_S
-        values: dict[int, Any] = {}
-        while len(values) < self.world:  # in the order in which they come: an error first, then who waits for that rank
-            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in values}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError(f"no answer from ranks {sorted(waiting.values())}")
-            for pipe in ready:
-                assert isinstance(pipe, Connection)
-                state, value = pipe.recv()
-                if state != "ok":
-                    raise RuntimeError(f"rank {waiting[pipe]}: {value.strip().splitlines()[-1]}")
-                values[waiting[pipe]] = value
-        return [values[rank] for rank in range(self.world)]
-
-
-class RankVariant:
-    """One of VARIANTS, in a pool that it shares with the others."""
-
-    def __init__(self, name: str, pool: RankPool):
-        self.name, self._pool = name, pool
+class CollectiveVariant(PoolVariant):
+    """One of VARIANTS."""
 
     def skips(self, case: Case) -> bool:
         return self.name not in variants_of(case.op) or (case.op == "send" and case.ranks % 2 == 1)
-
-    def verify(self, case: Case) -> str:
-        return next(filter(None, self._pool.ask("verify", self.name, case)), "")
-
-    def measure(self, case: Case, iters: int, num_samples: int) -> list[float]:
-        by_rank = self._pool.ask("measure", self.name, case, iters, num_samples)
-        return [max(us) for us in zip(*by_rank, strict=True)]

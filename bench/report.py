@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.harness import RESULTS, Result, size_name
 
@@ -72,6 +73,62 @@ def ratio_table(ratios: Sequence[Ratio], sizes: Sequence[int]) -> str:
     return _aligned(rows)
 
 
+def step_table(results: Sequence[Result], ratios: Sequence[Ratio], tokens: int) -> str:
+    """Variants down: milliseconds and tokens per second of a step, efficiency in per cent with its target. One case."""
+    rows = [["variant", "median ms", "p20", "p80", "steps", "tokens/s", "efficiency %", "target"]]
+    ratio_of = {ratio.name: ratio for ratio in ratios}
+    for r in results:
+        if r.refused:
+            rows.append([r.variant, "REFUSED", *[""] * 6])
+            continue
+        ratio, nbytes = ratio_of[r.variant], r.case.nbytes
+        ms = [f"{us / 1e3:.1f}" for us in (r.median_us, r.quantile_us(0.2), r.quantile_us(0.8))]
+        percent, limit = ratio.value(nbytes), ratio.limit(nbytes)
+        target = "" if limit is None else f"{limit[0]} {limit[1]:g} {ratio.verdict(nbytes)}".strip()
+        per_second = f"{1e6 * tokens / r.median_us:.0f}"
+        rows.append([r.variant, *ms, str(len(r.us)), per_second, "-" if percent is None else f"{percent:.1f}", target])
+    return _aligned(rows)
+
+
+def bars(bench: str, title: str, results: Sequence[Result], ratios: Sequence[Ratio], folder: Path = RESULTS) -> Path:
+    """Time of a step by variant, with whiskers from p20 to p80, and the efficiency on each bar. One case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [r for r in results if r.us and not r.refused]
+    percents = {ratio.name: ratio.value(r.case.nbytes) for ratio in ratios for r in timed if r.variant == ratio.name}
+    figure, axes = pyplot.subplots(figsize=(max(6, 1.6 * len(timed) + 1), 5.5), layout="constrained")
+    ms = [r.median_us / 1e3 for r in timed]
+    whiskers = [
+        [m - r.quantile_us(0.2) / 1e3 for m, r in zip(ms, timed, strict=True)],
+        [r.quantile_us(0.8) / 1e3 - m for m, r in zip(ms, timed, strict=True)],
+    ]
+    whiskers = [[max(0.0, length) for length in side] for side in whiskers]  # few samples: p20 may be the median
+    names = [r.variant for r in timed]
+    colors = ["0.6" if name == "none" else "C0" if name.startswith("dp-") else "C1" for name in names]
+    drawn = axes.bar(names, ms, yerr=whiskers, capsize=6, color=colors)
+    shown = [None if name == "none" else percents[name] for name in names]
+    axes.bar_label(drawn, ["" if p is None else f"{p:.1f} %" for p in shown], label_type="center", color="white")
+    axes.set_ylabel("median time of a step, ms (whiskers: p20 to p80)")
+    axes.set_xlabel("on the bars: efficiency, the time of none / the time of the variant")
+    axes.set_title(title, fontsize=10)
+    axes.grid(True, axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    return _save(figure, bench, folder)
+
+
+def _save(figure: Any, bench: str, folder: Path) -> Path:
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{bench}.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
 def chart(bench: str, title: str, results: Sequence[Result], folder: Path = RESULTS) -> Path:
     """Latency against size, both logarithmic, one line per variant, with the spread from p20 to p80."""
     import matplotlib
@@ -107,8 +164,4 @@ def chart(bench: str, title: str, results: Sequence[Result], folder: Path = RESU
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(loc="upper left", fontsize=9)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{bench}.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
+    return _save(figure, bench, folder)

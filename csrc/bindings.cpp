@@ -33,6 +33,7 @@ pypar::InnerGroups make_inner(const py::object& factory, const pypar::InnerReque
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pypar::register_exception_translator();
+  pypar::watch_signals();
   py::module_::import("torch.distributed");  // the base classes
 
   py::class_<pypar::ProcessGroup::Options, c10d::Backend::Options, c10::intrusive_ptr<pypar::ProcessGroup::Options>>(

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
+#include <utility>
 
 #include <poll.h>
 #include <sched.h>
@@ -14,6 +15,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "comm/interrupt.h"
 #include "comm/types.h"
 #include "pypar/signal.h"
 
@@ -75,9 +77,10 @@ void wait_readable(int socket, uint64_t until_ns, const std::string& whom) {
     const uint64_t now = now_ns();
     if (now >= until_ns) throw PeerError("timed out while connecting to " + whom + "; is it running?");
     pollfd p{socket, POLLIN, 0};
-    const int ready = poll(&p, 1, static_cast<int>(std::min<uint64_t>((until_ns - now) / 1000000 + 1, 1000)));
+    const int ready = poll(&p, 1, static_cast<int>(std::min<uint64_t>((until_ns - now) / 1000000 + 1, 20)));
     if (ready > 0) return;
     if (ready < 0 && errno != EINTR) throw PeerError("poll failed: " + errno_text());
+    check_interrupt([&] { return "this rank was interrupted while it connected to " + whom; });
   }
 }
 
@@ -204,7 +207,14 @@ std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world
   }
 
   // Lower ranks connect to higher ones and hand over a page with a token; who can read it shares memory.
-  std::vector<int> sockets(static_cast<size_t>(world), -1);
+  struct Sockets : std::vector<int> {
+    using std::vector<int>::vector;
+    ~Sockets() {
+      for (int s : *this) {
+        if (s >= 0) close(s);
+      }
+    }
+  } sockets(static_cast<size_t>(world), -1);  // a peer that waits for this rank sees that it gave up
   std::vector<Segment> probes(static_cast<size_t>(world));
   std::string row(static_cast<size_t>(world), '0');
   row[static_cast<size_t>(rank)] = '1';
@@ -285,15 +295,11 @@ std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world
     const auto& theirs = addresses[static_cast<size_t>(r)].cores;
     for (size_t w = 0; w < std::min(cores.size(), theirs.size()); ++w) cores[w] |= theirs[w];
     if (r == rank) mesh->rank = i;
-    mesh->sockets.push_back(sockets[static_cast<size_t>(r)]);
     const PeerIdentity peer =
         r == rank ? PeerIdentity{getpid(), -1} : identify(sockets[static_cast<size_t>(r)], whom(r));
     mesh->pids.push_back(peer.pid);
     mesh->pidfds.push_back(peer.pidfd);
-    sockets[static_cast<size_t>(r)] = -1;
-  }
-  for (int s : sockets) {
-    if (s >= 0) close(s);  // reached, but grouped with others
+    mesh->sockets.push_back(std::exchange(sockets[static_cast<size_t>(r)], -1));
   }
   mesh->num_cores = 0;
   for (uint64_t word : cores) mesh->num_cores += __builtin_popcountll(word);

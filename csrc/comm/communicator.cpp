@@ -22,6 +22,7 @@ constexpr uint64_t kBackgroundSpinNs = 2'000;
 static_assert(sizeof(ControlHeader) <= kPageBytes);
 
 thread_local bool background_thread = false;
+thread_local const Communicator* handler_in = nullptr;  // in whose wait this thread runs a signal handler
 std::atomic<void (*)(int, uint32_t)> stall_hook{nullptr};
 
 void stall(int rank, uint32_t round) {
@@ -115,7 +116,37 @@ void Communicator::check_alive(int peer, const std::string& what, Deadline deadl
   }
 }
 
-void Communicator::abort(const std::string& reason) {
+void Communicator::check_interrupt(const std::string& what) const {
+  struct Inside {
+    const Communicator* outer = handler_in;
+    explicit Inside(const Communicator* now) { handler_in = now; }
+    ~Inside() { handler_in = outer; }
+  } inside(this);
+  try {
+    pypar::check_interrupt([&] { return interrupted_text() + " in " + what; });
+  } catch (const Interrupted& error) {
+    abort(error.what());
+    throw;
+  }
+}
+
+std::string Communicator::interrupted_text() const {
+  return rank_text(rank()) + " of group '" + name() + "' was interrupted";
+}
+
+bool Communicator::in_handler() const {
+  return handler_in == this;
+}
+
+void Communicator::refuse_in_handler() const {
+  if (!in_handler()) return;
+  throw PeerError(
+      rank_text(rank()) + " of group '" + name() +
+      "': a signal handler made a call while this thread waits in a call of the same group; let the handler "
+      "raise an exception or set a flag");
+}
+
+void Communicator::abort(const std::string& reason) const {
   for (ControlHeader* head : heads_) {
     uint32_t none = 0;
     if (!std::atomic_ref<uint32_t>(head->aborted).compare_exchange_strong(none, 1)) continue;  // the first reason stays
@@ -134,6 +165,7 @@ void Communicator::set_flush(std::function<void()> flush) {
 }
 
 void Communicator::flush() {
+  refuse_in_handler();
   std::lock_guard<std::mutex> lock(flush_mutex_);
   if (flush_) flush_();
 }
@@ -198,7 +230,10 @@ void Communicator::Call::wait(int peer, uint32_t round) {
   if (!reached(seen, round)) {
     ControlHeader& head = *c.heads_[static_cast<size_t>(peer)];
     uint32_t& epoch = head.lines[round % kSlots].epoch;
-    wait_signal(epoch, round, head.sleepers, c.spin_ns(), [&] { c.check_alive(peer, call_text(), deadline); });
+    wait_signal(epoch, round, head.sleepers, c.spin_ns(), [&] {
+      c.check_interrupt(call_text());
+      c.check_alive(peer, call_text(), deadline);
+    });
     seen = round;
   }
   stall(me, round);

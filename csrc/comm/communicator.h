@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "comm/bootstrap.h"
+#include "comm/interrupt.h"
 #include "comm/types.h"
 #include "comm/windows.h"
 
@@ -129,10 +130,17 @@ class Communicator {
   // Throws PeerError if the group is aborted, `peer` (or any peer when -1) died or left, or the deadline passed.
   // Call it between slices of any wait. `what`: e.g. "recv #12 from rank 1".
   void check_alive(int peer, const std::string& what, Deadline deadline) const;
+  // Throws Interrupted if this rank was told to stop, and ends the group. Call it beside check_alive, without a lock
+  // that a thread may want which keeps the interrupt hook waiting (in Python: one that is taken with the GIL held).
+  void check_interrupt(const std::string& what) const;
+  // Refuses a call that a signal handler makes, in a thread that waits in a call of this group: it would wait for
+  // itself.
+  void refuse_in_handler() const;
+  bool in_handler() const;
   // "rank 3" as the group counts, for messages.
   std::string rank_text(int rank) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
-  void abort(const std::string& reason);
+  void abort(const std::string& reason) const;
   bool aborted() const;
   // This rank will call no more.
   void leave();
@@ -164,8 +172,12 @@ class Communicator {
     } catch (const PeerError& error) {
       abort(error.what());
       throw;
+    } catch (const Interrupted&) {
+      abort(interrupted_text());
+      throw;
     }
   }
+  std::string interrupted_text() const;
   struct Call;
 
   std::unique_ptr<Mesh> mesh_;

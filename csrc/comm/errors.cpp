@@ -1,5 +1,8 @@
 #include "comm/errors.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <c10/util/Exception.h>
 
 namespace pypar {
@@ -18,6 +21,8 @@ void rethrow_for_python() {
     throw PythonPeerError(error.what());
   } catch (const ArgumentError& error) {
     C10_THROW_ERROR(ValueError, error.what());
+  } catch (const Interrupted& error) {
+    std::rethrow_exception(error.cause);
   }
 }
 
@@ -45,6 +50,23 @@ void register_exception_translator() {
       PyErr_SetString(PyExc_ValueError, error.what());
     }
   });
+}
+
+namespace {
+
+// What a signal handler of Python raises, KeyboardInterrupt first of all. Only the main thread runs handlers; it never
+// blocks on the GIL with a lock that is taken with the GIL held, see Communicator::check_interrupt.
+std::exception_ptr raised_by_signal() {
+  if (syscall(SYS_gettid) != getpid() || !Py_IsInitialized()) return nullptr;
+  pybind11::gil_scoped_acquire gil;
+  if (PyErr_Occurred() != nullptr || PyErr_CheckSignals() == 0) return nullptr;
+  return std::make_exception_ptr(pybind11::error_already_set());
+}
+
+}  // namespace
+
+void watch_signals() {
+  set_interrupt_check(&raised_by_signal);
 }
 
 }  // namespace pypar

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <exception>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include <torch/csrc/Exceptions.h>
 
+#include "comm/interrupt.h"
 #include "comm/types.h"
 
 namespace pypar {
@@ -33,7 +35,20 @@ decltype(auto) with_python_errors(Fn&& fn) {
   }
 }
 
+// No GIL in this scope, if this thread has it: torch keeps it in some calls, and a wait must not stop Python's threads.
+class WithoutGil {
+ public:
+  WithoutGil() {
+    if (Py_IsInitialized() && PyGILState_Check()) released_.emplace();
+  }
+
+ private:
+  std::optional<pybind11::gil_scoped_release> released_;
+};
+
 // For functions that pybind11 calls without torch's own handler.
 void register_exception_translator();
+// From now on, a wait of Python's main thread ends when a signal handler raises.
+void watch_signals();
 
 }  // namespace pypar

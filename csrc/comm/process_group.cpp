@@ -30,8 +30,7 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
 }
 
 ProcessGroup::~ProcessGroup() {
-  std::optional<pybind11::gil_scoped_release> no_gil;  // the worker may be in a callback that wants it
-  if (Py_IsInitialized() && PyGILState_Check()) no_gil.emplace();
+  const WithoutGil no_gil;  // the worker may be in a callback that wants it
   communicator_->set_flush(nullptr);
   if (!closed_ && !queue_.try_enter()) {
     communicator_->abort(communicator_->rank_text(communicator_->rank()) + " of group '" + options_->group_name +
@@ -71,7 +70,8 @@ void ProcessGroup::abort() {
 
 void ProcessGroup::shutdown() {
   if (closed_) return;
-  queue_.drain();
+  if (communicator_->in_handler()) return abort();  // called by a handler that interrupts a call of this group
+  with_python_errors([&] { queue_.drain(); });
   closed_ = true;
   const std::string why = "group '" + options_->group_name + "' was destroyed";
   queue_.close(why);
@@ -87,6 +87,7 @@ void ProcessGroup::check_open() const {
   if (closed_) {
     throw PythonPeerError("rank " + std::to_string(rank_) + ": group '" + options_->group_name + "' was destroyed");
   }
+  with_python_errors([&] { communicator_->refuse_in_handler(); });
 }
 
 void ProcessGroup::check_root(const char* what, int64_t root) const {

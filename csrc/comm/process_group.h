@@ -105,7 +105,8 @@ class ProcessGroup : public c10d::Backend {
   std::atomic<int64_t> num_monitored_barriers_{0};
   std::string registered_name_;
   std::atomic<bool> closed_{false};
-  WorkQueue queue_;  // last: its thread uses the others
+  WorkQueue queue_{
+      [this](const std::string& what) { communicator_->check_interrupt(what); }};  // last: its thread uses the others
 };
 
 }  // namespace pypar

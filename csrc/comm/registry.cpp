@@ -28,6 +28,24 @@ std::map<std::string, Entry>& entries() {
   return *map;
 }
 
+// In slices, so that Ctrl-C is noticed; the store's own wait can't be interrupted.
+void wait_for_key(c10d::Store& store, const std::string& key) {
+  constexpr std::chrono::milliseconds slice(100);
+  const auto timeout = store.getTimeout();
+  const auto begin = std::chrono::steady_clock::now();
+  for (;;) {
+    const auto slice_begin = std::chrono::steady_clock::now();
+    try {
+      return store.wait({key}, slice);
+    } catch (const std::exception&) {  // each kind of store has its own
+      const auto now = std::chrono::steady_clock::now();
+      const bool failed = now - slice_begin < slice;  // not for want of time: the store is gone
+      if (failed || (timeout != c10d::Store::kNoTimeout && now - begin >= timeout)) throw;
+    }
+    check_interrupt([&] { return "this rank was interrupted while it waited for '" + key + "' in the store"; });
+  }
+}
+
 }  // namespace
 
 KeyValue key_value_of(const c10::intrusive_ptr<c10d::Store>& store) {
@@ -35,6 +53,7 @@ KeyValue key_value_of(const c10::intrusive_ptr<c10d::Store>& store) {
             store->set(key, std::vector<uint8_t>(value.begin(), value.end()));
           },
           [store](const std::string& key) {
+            wait_for_key(*store, key);
             const auto value = store->get(key);
             return std::string(value.begin(), value.end());
           }};

@@ -147,6 +147,15 @@ bool Rings::wait_until(const std::shared_ptr<RingOp>& op, Deadline deadline) {
     report(finished);
     return moved;
   };
+  auto look_for_interrupt = [&] {
+    try {
+      comm_.check_interrupt(text_of(*op));
+    } catch (const Interrupted& error) {
+      fail_all(error.what());  // what the caller owns may be gone when this has been thrown
+      throw;
+    }
+  };
+  uint64_t looked = now_ns();
   uint64_t spin_until = now_ns() + comm_.spin_ns();
   uint32_t& bell = control(me_).bell;
   while (!op->finished()) {
@@ -163,6 +172,10 @@ bool Rings::wait_until(const std::shared_ptr<RingOp>& op, Deadline deadline) {
     if (!waiting.asleep && now >= spin_until) {
       waiting.asleep = true;
       waiting.sleepers.fetch_add(1, std::memory_order_seq_cst);
+    }
+    if (now - looked > kRingSliceNs) {
+      looked = now;
+      look_for_interrupt();
     }
     if (deadline.at_ns != 0 && now >= deadline.at_ns) return op->finished();
   }

@@ -139,11 +139,14 @@ class CpuSymmetricMemory : public symm::SymmetricMemory {
 
   // `home`: in whose memory the word lies.
   void wait(int home, uint32_t& word, uint32_t target, int peer, const char* what, int channel, size_t timeout_ms) {
+    if (reached(load_acquire(word), target)) return;
+    const WithoutGil no_gil;
     const Deadline deadline =
         timeout_ms == 0 ? communicator_->default_deadline() : Deadline::after(std::chrono::milliseconds(timeout_ms));
     pypar::wait_signal(word, target, signals(home).sleepers.value, communicator_->spin_ns(), [&] {
-      communicator_->check_alive(
-          peer, std::string(what) + " on channel " + std::to_string(channel) + " of symmetric memory", deadline);
+      const std::string text = std::string(what) + " on channel " + std::to_string(channel) + " of symmetric memory";
+      communicator_->check_interrupt(text);
+      communicator_->check_alive(peer, text, deadline);
     });
   }
 
@@ -187,6 +190,7 @@ class CpuAllocator : public symm::SymmetricMemoryAllocator {
   c10::intrusive_ptr<symm::SymmetricMemory> rendezvous(void* ptr,
                                                        const std::optional<std::string>& group_name) override {
     TORCH_CHECK_VALUE(group_name.has_value(), "rendezvous of a CPU tensor needs the group: rendezvous(tensor, group)");
+    const WithoutGil no_gil;
     return with_python_errors([&]() -> c10::intrusive_ptr<symm::SymmetricMemory> {
       const auto communicator = communicator_of(*group_name);
       std::shared_ptr<Allocation> allocation;

@@ -8,6 +8,8 @@ namespace pypar {
 
 namespace {
 
+constexpr std::chrono::milliseconds kSlice(20);  // how late a signal of this rank is noticed
+
 std::optional<std::vector<at::Tensor>> profiled(const std::vector<at::Tensor>* inputs) {
   return inputs == nullptr ? std::nullopt : std::make_optional(*inputs);
 }
@@ -92,10 +94,26 @@ QueuedWork::QueuedWork(WorkQueue& queue, std::function<void()> body, int rank, c
     : Work(rank, type, sequence, std::move(outputs), profiling_title, inputs), queue_(&queue), body_(std::move(body)) {}
 
 bool QueuedWork::wait(std::chrono::milliseconds timeout) {
-  if (!done()) queue_->help(*this, timeout);
-  if (!wait_for(timeout)) throw_timeout(timeout);
+  const auto until = std::chrono::steady_clock::now() + timeout;
+  with_python_errors([&] {
+    if (!done()) queue_->help(*this, timeout);
+    while (!wait_for(kSlice)) {
+      if (timeout != kNoTimeout && std::chrono::steady_clock::now() >= until) throw_timeout(timeout);
+      queue_->check_(c10d::opTypeToString(retrieveOpType()));
+    }
+  });
   if (auto error = exception()) std::rethrow_exception(error);
   return true;
+}
+
+// Only the thread that Python calls signal handlers in is ever stopped by check_; it runs them without the lock.
+template <typename Ready>
+void WorkQueue::wait_until(std::unique_lock<std::mutex>& lock, const char* what, Ready&& ready) {
+  while (!changed_.wait_for(lock, kSlice, ready)) {
+    lock.unlock();
+    check_(what);
+    lock.lock();
+  }
 }
 
 WorkQueue::~WorkQueue() {
@@ -131,11 +149,15 @@ void WorkQueue::run_front(std::unique_lock<std::mutex>& lock) {
   work->started_ = true;
   busy_ = true;
   lock.unlock();
-  std::exception_ptr error;
+  std::exception_ptr error, interrupted;
   {
     at::ThreadLocalStateGuard state(work->thread_state_);
     try {
       work->body_();
+    } catch (const Interrupted& stopped) {
+      // Meant for the thread that runs this, not for whoever waits for this work.
+      interrupted = std::current_exception();
+      error = std::make_exception_ptr(PythonPeerError(stopped.what()));
     } catch (...) {
       error = for_python(std::current_exception());
     }
@@ -149,6 +171,7 @@ void WorkQueue::run_front(std::unique_lock<std::mutex>& lock) {
   work.reset();
   lock.lock();
   changed_.notify_all();
+  if (interrupted) std::rethrow_exception(interrupted);
 }
 
 void WorkQueue::help(QueuedWork& work, std::chrono::milliseconds timeout) {
@@ -160,7 +183,8 @@ void WorkQueue::help(QueuedWork& work, std::chrono::milliseconds timeout) {
     if (!busy_ && !work.started_) {
       run_front(lock);
     } else {
-      changed_.wait(lock, [&] { return work.done() || (!busy_ && !work.started_); });
+      wait_until(lock, c10d::opTypeToString(work.retrieveOpType()).c_str(),
+                 [&] { return work.done() || (!busy_ && !work.started_); });
     }
   }
 }
@@ -171,7 +195,7 @@ void WorkQueue::drain() {
     if (!busy_) {
       run_front(lock);
     } else {
-      changed_.wait(lock, [&] { return !busy_; });
+      wait_until(lock, "a call that was issued before", [&] { return !busy_; });
     }
   }
 }

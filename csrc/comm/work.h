@@ -65,6 +65,8 @@ class QueuedWork : public Work {
 // Runs collectives one at a time, in the order in which they were issued.
 class WorkQueue {
  public:
+  // `check(what)` is called between slices of every wait and ends it by throwing.
+  explicit WorkQueue(std::function<void(const std::string& what)> check) : check_(std::move(check)) {}
   ~WorkQueue();
   // True: nothing is queued or running, and the caller runs its operation now; it calls leave() after.
   bool try_enter();
@@ -78,9 +80,13 @@ class WorkQueue {
   void close(const std::string& why);
 
  private:
+  friend class QueuedWork;
+  template <typename Ready>
+  void wait_until(std::unique_lock<std::mutex>& lock, const char* what, Ready&& ready);
   void run_front(std::unique_lock<std::mutex>& lock);
   void run_worker();
 
+  const std::function<void(const std::string&)> check_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<c10::intrusive_ptr<QueuedWork>> queue_;

@@ -1,4 +1,4 @@
-"""The weight gradient of a plain nn.Linear, written by its matmul straight into the bucket."""
+"""The weight gradient of a plain nn.Linear, written by its matmul straight into the bucket: docs/design/0003."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 from bench import harness, native, programs, ranks
 from bench.collectives import Bench, parse_sizes, targets
 from bench.harness import Case, Result
+from bench.pool import RankPool
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 CASE = Case("all_reduce", 1 << 20)
@@ -179,15 +180,15 @@ def test_program_that_computes_nothing_is_refused(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_gloo_ranks_verify_time_and_report_what_fails() -> None:
-    pool = ranks.RankPool(2, 1 << 17, has_pypar=False)
+    pool = RankPool(2, ranks.CollectiveRank, 1 << 17, False)
     try:
-        gloo = ranks.RankVariant("gloo", pool)
+        gloo = ranks.CollectiveVariant("gloo", pool)
         for op in programs.REFERENCE_OPS:
             case = Case(op, 1 << 17)
             assert gloo.verify(case) == ""
             assert min(gloo.measure(case, 1, 2)) > 0
         with pytest.raises(RuntimeError, match="KeyError"):
-            ranks.RankVariant("nobody", pool).verify(CASE)
+            ranks.CollectiveVariant("nobody", pool).verify(CASE)
     finally:
         pool.close()
 

@@ -1,27 +1,16 @@
 // The protocol of csrc/include/pypar/signal.h and csrc/comm/communicator.h, model-checked with Relacy: every read may
 // return any value that the memory model allows, every interleaving may be tried. A mutation leaves one rule out; the
 // checker must find what goes wrong then, or the model proves nothing.
-// usage: protocol_relacy MODEL MUTATION ITERATIONS; prints the result, exit code 0 if no fault was found
 
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-
-#include <relacy/relacy.hpp>
+#include "relacy_common.h"
 
 namespace {
 
-enum Mutation { kNone, kRelaxedPublish, kRelaxedWait, kThreeSlots, kNoSlotWait, kNoAnnounce, kLateAnnounce, kNoCredit };
-Mutation mutation = kNone;
-
-bool reached(unsigned value, unsigned target) {
-  return static_cast<int>(value - target) >= 0;
-}
 rl::memory_order publish_order() {
-  return mutation == kRelaxedPublish ? rl::mo_relaxed : rl::mo_release;
+  return without("relaxed_publish") ? rl::mo_relaxed : rl::mo_release;
 }
 rl::memory_order wait_order() {
-  return mutation == kRelaxedWait ? rl::mo_relaxed : rl::mo_acquire;
+  return without("relaxed_wait") ? rl::mo_relaxed : rl::mo_acquire;
 }
 
 void spin_until(rl::atomic<unsigned>& word, unsigned target) {
@@ -45,11 +34,11 @@ struct Rounds : rl::test_suite<Rounds<kWorld, kRooted>, kWorld> {
       for (auto& data : slots) data($) = 0;
     }
   }
-  static int slot_of(unsigned round) { return static_cast<int>(round % (mutation == kThreeSlots ? 3 : kSlots)); }
+  static int slot_of(unsigned round) { return static_cast<int>(round % (without("three_slots") ? 3 : kSlots)); }
   static unsigned payload(unsigned rank, unsigned round) { return rank * 100 + (round - kStart); }
 
   void stage_and_publish(unsigned me, unsigned round) {
-    if (mutation != kNoSlotWait) {
+    if (!without("no_slot_wait")) {
       for (unsigned peer = 0; peer < kWorld; ++peer) {
         if (peer != me) spin_until(line[peer][(round - 2) % kSlots], round - 2);
       }
@@ -91,7 +80,7 @@ struct Barrier : rl::test_suite<Barrier, 2> {
       data[me]($) = i;
       barrier(me, ++target);
       RL_ASSERT(data[1 - me]($) == i);
-      if (mutation != kNoCredit) barrier(me, ++target);
+      if (!without("no_credit")) barrier(me, ++target);
     }
   }
 };
@@ -112,7 +101,7 @@ struct Futex : rl::test_suite<Futex, 2> {
   void thread(unsigned me) {
     if (me == 0) {
       data($) = 7;
-      word($).exchange(1, mutation == kRelaxedPublish ? rl::mo_relaxed : rl::mo_seq_cst);
+      word($).exchange(1, without("relaxed_publish") ? rl::mo_relaxed : rl::mo_seq_cst);
       if (sleepers($).load(rl::mo_seq_cst) != 0) {
         kernel.lock($);
         queue.notify_all($);
@@ -121,13 +110,13 @@ struct Futex : rl::test_suite<Futex, 2> {
       return;
     }
     if (!reached(word($).load(rl::mo_acquire), 1)) {
-      if (mutation != kNoAnnounce && mutation != kLateAnnounce) sleepers($).fetch_add(1, rl::mo_seq_cst);
+      if (!without("no_announce") && !without("late_announce")) sleepers($).fetch_add(1, rl::mo_seq_cst);
       for (;;) {
-        const unsigned seen = word($).load(mutation == kRelaxedWait ? rl::mo_relaxed : rl::mo_seq_cst);
+        const unsigned seen = word($).load(without("relaxed_wait") ? rl::mo_relaxed : rl::mo_seq_cst);
         if (reached(seen, 1)) break;
         kernel.lock($);
         if (word($).load(rl::mo_relaxed) == seen) {
-          if (mutation == kLateAnnounce) sleepers($).fetch_add(1, rl::mo_relaxed);
+          if (without("late_announce")) sleepers($).fetch_add(1, rl::mo_relaxed);
           queue.wait(kernel, $);
         }
         kernel.unlock($);
@@ -150,7 +139,7 @@ struct Signal : rl::test_suite<Signal, 2> {
     unsigned count = 0xfffffffeu;
     for (unsigned i = 1; i <= 4; ++i) {
       if (me == 0) {
-        if (mutation != kNoCredit) spin_until(consumed, count);
+        if (!without("no_credit")) spin_until(consumed, count);
         data($) = i;
         sent($).store(++count, publish_order());
       } else {
@@ -162,39 +151,16 @@ struct Signal : rl::test_suite<Signal, 2> {
   }
 };
 
-template <typename Suite>
-bool holds(unsigned iterations) {
-  rl::test_params params;
-  params.iteration_count = iterations;
-  params.execution_depth_limit = 20000;
-  std::ostream quiet(nullptr);  // a string stream would mix Relacy's allocator with that of libstdc++
-  params.output_stream = &quiet;
-  params.progress_stream = &quiet;
-  const bool ok = rl::simulate<Suite>(params);
-  std::printf("%s\n", rl::test_result_str(params.test_result));
-  return ok;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
-  const char* names[] = {"none",         "relaxed_publish", "relaxed_wait",  "three_slots",
-                         "no_slot_wait", "no_announce",     "late_announce", "no_credit"};
-  bool known = false;
-  for (int i = 0; i < 8; ++i) {
-    if (std::strcmp(argv[2], names[i]) == 0) {
-      mutation = static_cast<Mutation>(i);
-      known = true;
-    }
-  }
-  if (!known) return 2;
-  const auto iterations = static_cast<unsigned>(std::atoi(argv[3]));
-  if (std::strcmp(argv[1], "rounds2") == 0) return holds<Rounds<2>>(iterations) ? 0 : 1;
-  if (std::strcmp(argv[1], "rounds3") == 0) return holds<Rounds<3>>(iterations) ? 0 : 1;
-  if (std::strcmp(argv[1], "rooted3") == 0) return holds<Rounds<3, true>>(iterations) ? 0 : 1;
-  if (std::strcmp(argv[1], "barrier") == 0) return holds<Barrier>(iterations) ? 0 : 1;
-  if (std::strcmp(argv[1], "futex") == 0) return holds<Futex>(iterations) ? 0 : 1;
-  if (std::strcmp(argv[1], "signal") == 0) return holds<Signal>(iterations) ? 0 : 1;
-  return 2;
+  return run_model(argc, argv,
+                   {{"rounds2", holds<Rounds<2>>},
+                    {"rounds3", holds<Rounds<3>>},
+                    {"rooted3", holds<Rounds<3, true>>},
+                    {"barrier", holds<Barrier>},
+                    {"futex", holds<Futex>},
+                    {"signal", holds<Signal>}},
+                   {"none", "relaxed_publish", "relaxed_wait", "three_slots", "no_slot_wait", "no_announce",
+                    "late_announce", "no_credit"});
 }
