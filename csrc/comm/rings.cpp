@@ -97,7 +97,7 @@ void Rings::publish(int dst, int64_t tag, const std::byte* data, size_t total, s
 }
 
 // Publishes a slot that says where the message lies. The window is pinned at the receiver.
-void Rings::announce(const std::shared_ptr<RingOp>& op) {
+void Rings::publish_window(const std::shared_ptr<RingOp>& op) {
   Outgoing& out = out_[static_cast<size_t>(op->peer)];
   const uint32_t sequence = ++out.sent;
   Slot& head = slot(op->peer, me_, sequence);
@@ -332,7 +332,7 @@ bool Rings::push(int dst, Ops& finished) {
     const auto op = out.queue.front();
     if (op->window != 0 && comm_.windows().pin(op->window, dst)) {
       out.queue.pop_front();
-      announce(op);
+      publish_window(op);
       moved = true;
       continue;
     }

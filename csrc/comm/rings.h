@@ -86,7 +86,7 @@ class Rings {
   Control& control(int rank) const;
   uint32_t free_slots(int dst);
   void publish(int dst, int64_t tag, const std::byte* data, size_t total, size_t moved, DType dtype);
-  void announce(const std::shared_ptr<RingOp>& op);
+  void publish_window(const std::shared_ptr<RingOp>& op);
   void publish_slot(int dst, Slot& head, uint32_t sequence);
   bool complete_announced(int dst, Ops& finished);
   void copy_out(int src, const Slot& head, const std::byte* chunk, std::byte* to);
