@@ -17,4 +17,6 @@ def all_gather_matmul(
     if [p.shape[0] for p in parts] != list(wanted):
         raise ValueError(f"all_gather_matmul: expected rows {wanted} by rank, got {[p.shape[0] for p in parts]}")
     full = torch.cat(parts)
-    return [torch.nn.functional.linear(full, w, b) for w, b in zip(weights, biases or [None] * len(weights))]
+    return [
+        torch.nn.functional.linear(full, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)
+    ]
