@@ -159,7 +159,7 @@ def receiver_dies(rank: int, world: int) -> None:
     if rank == 1:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(pypar.PeerError, match="rank 1 .* is dead"):
+    with pytest.raises(pypar.PeerError, match=r"rank 1 .* is dead"):
         dist.send(source, 1)
 
 
