@@ -301,6 +301,9 @@ std::unique_ptr<Mesh> Mesh::connect(const std::string& name, int rank, int world
     mesh->pidfds.push_back(peer.pidfd);
     mesh->sockets.push_back(std::exchange(sockets[static_cast<size_t>(r)], -1));
   }
+  for (const auto& host : mesh->hosts) {
+    if (host[0] != mesh->group_ranks[0]) mesh->group_ranks.insert(mesh->group_ranks.end(), host.begin(), host.end());
+  }
   mesh->num_cores = 0;
   for (uint64_t word : cores) mesh->num_cores += __builtin_popcountll(word);
 

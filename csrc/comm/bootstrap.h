@@ -43,7 +43,7 @@ struct Mesh {
   std::string name;
   int rank = 0;  // among the ranks of this mesh
   int world = 1;
-  std::vector<int> group_ranks;                    // rank of the mesh -> rank of the group
+  std::vector<int> group_ranks;  // rank of the mesh -> rank of the group; behind them, the group's other ranks
   std::vector<std::shared_ptr<Segment>> segments;  // by rank, own one included; shared when the ranks are threads
   std::vector<std::byte*> bases;                   // by rank
   std::vector<int> sockets;                        // SOCK_SEQPACKET to each peer, -1 at own rank

@@ -11,7 +11,7 @@ namespace pypar {
 namespace {
 
 constexpr uint64_t kMagic = 0x7061727079703032ull;
-constexpr uint32_t kAbi = 1;
+constexpr uint32_t kAbi = 2;
 constexpr size_t kPageBytes = 4096;
 constexpr size_t kRingsAt = kPageBytes + Windows::kTableBytes;
 // Larger than a core's L2, so that a slot has left the peer's cache when it is written again: docs/design/0002.
@@ -45,7 +45,7 @@ size_t Communicator::segment_bytes(int world) {
   return kRingsAt + pypar::ring_region(world) + kSlots * kSlotBytes;
 }
 
-Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)) {
+Communicator::Communicator(std::unique_ptr<Mesh> mesh) : mesh_(std::move(mesh)), gone_(mesh_->group_ranks.size()) {
   if (world() > kMaxWorld) {
     throw ArgumentError("group '" + name() + "' has " + std::to_string(world()) + " ranks on this host; at most " +
                         std::to_string(kMaxWorld) + " can share memory");
@@ -75,8 +75,8 @@ Communicator::~Communicator() {
   leave();
 }
 
-std::string Communicator::rank_text(int rank) const {
-  return "rank " + std::to_string(mesh_->group_ranks[static_cast<size_t>(rank)]);
+std::string Communicator::rank_text(int place) const {
+  return "rank " + std::to_string(group_rank(place));
 }
 
 std::byte* Communicator::ring_region(int rank) const {
@@ -101,14 +101,13 @@ void Communicator::check_alive(int peer, const std::string& what, Deadline deadl
   const std::string where = rank_text(rank()) + " of group '" + name() + "' in " + what + ": ";
   for (int r = 0; r < world(); ++r) {
     if (r == rank() || (peer >= 0 && r != peer)) continue;
-    if (load_acquire(heads_[static_cast<size_t>(r)]->left) != 0) {
-      throw PeerError(where + rank_text(r) + " has left the group; did it finish early or skip a call?");
-    }
+    if (has_left(r)) throw PeerError(where + rank_text(r) + kHasLeft);
     if (!mesh_->alive(r)) {
       throw PeerError(where + rank_text(r) + " (process " + std::to_string(mesh_->pids[static_cast<size_t>(r)]) +
                       ") is dead; its own output says why");
     }
   }
+  if (peer >= world() && gone_[static_cast<size_t>(peer)]) throw PeerError(where + rank_text(peer) + kHasLeft);
   if (deadline.at_ns != 0 && now_ns() >= deadline.at_ns) {
     throw PeerError(where + "waited " + std::to_string(deadline.timeout_ms) + " ms" +
                     (peer >= 0 ? " for " + rank_text(peer) : "") +
@@ -170,8 +169,19 @@ void Communicator::flush() {
   if (flush_) flush_();
 }
 
-void Communicator::leave() {
-  std::atomic_ref<uint32_t>(heads_[static_cast<size_t>(rank())]->left).store(1, std::memory_order_release);
+std::string Communicator::reason() const {
+  return aborted() ? heads_[static_cast<size_t>(rank())]->reason : "";
+}
+
+void Communicator::leave(uint64_t calls) {
+  if (has_left(rank())) return;
+  ControlHeader& own = *heads_[static_cast<size_t>(rank())];
+  own.left_after = calls;
+  std::atomic_ref<uint32_t>(own.left).store(1, std::memory_order_release);
+}
+
+bool Communicator::has_left(int rank) const {
+  return load_acquire(heads_[static_cast<size_t>(rank)]->left) != 0;
 }
 
 std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline) {

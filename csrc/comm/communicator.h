@@ -29,6 +29,7 @@ inline constexpr int kMaxWorld = 256;
 inline constexpr size_t kInlineBytes = 32;
 inline constexpr size_t kRingHeaderBytes = 64u << 10;  // of a point-to-point ring, then
 inline constexpr size_t kRingDataBytes = 2u << 20;
+inline constexpr const char* kHasLeft = " has left the group; did it finish early or skip a call?";
 
 // One cache line: everything a peer must know of a small call in a single transfer.
 struct alignas(64) Line {
@@ -54,6 +55,7 @@ struct ControlHeader {
   alignas(64) uint32_t aborted;  // 0, 1 = being written, 2 = `reason` is valid
   char reason[508];
   alignas(64) uint32_t left;      // the rank closed its end in good order
+  uint64_t left_after;            // calls between hosts that it had made by then
   alignas(64) uint32_t sleepers;  // waiters asleep on this rank's lines
   alignas(64) uint32_t epoch;     // rounds this rank published; lives in memory, only its owner writes it
   Line lines[kSlots];
@@ -76,6 +78,9 @@ class Communicator {
   int rank() const { return mesh_->rank; }
   int world() const { return mesh_->world; }
   const std::string& name() const { return mesh_->name; }
+  // Ranks of the group have a place here: those of this host 0 .. world() - 1, those of other hosts behind them.
+  int num_places() const { return static_cast<int>(mesh_->group_ranks.size()); }
+  int group_rank(int place) const { return mesh_->group_ranks[static_cast<size_t>(place)]; }
 
   void barrier(Deadline deadline);
   // out = reduce over ranks of in, on every rank. in == out is allowed; other overlap isn't.
@@ -138,12 +143,18 @@ class Communicator {
   void refuse_in_handler() const;
   bool in_handler() const;
   // "rank 3" as the group counts, for messages.
-  std::string rank_text(int rank) const;
+  std::string rank_text(int place) const;
   // Ends every wait of every rank of the group with `reason`. Sticky.
   void abort(const std::string& reason) const;
   bool aborted() const;
-  // This rank will call no more.
-  void leave();
+  // Why the group ended; empty if it did not.
+  std::string reason() const;
+  // This rank will call no more; it has made `calls` calls between hosts. The first word counts.
+  void leave(uint64_t calls = 0);
+  bool has_left(int rank) const;
+  uint64_t left_after(int rank) const { return heads_[static_cast<size_t>(rank)]->left_after; }
+  // A rank of another host has left: for check_alive().
+  void set_gone(int place) { gone_[static_cast<size_t>(place)] = true; }
   // How long a wait spins before it sleeps: 0 when the ranks of this host outnumber its cores.
   uint64_t spin_ns() const;
   // The calling thread runs beside the main computation: it must not spin.
@@ -188,7 +199,8 @@ class Communicator {
   uint64_t spin_ns_ = 0;
   uint64_t calls_ = 0;
   std::atomic<int64_t> timeout_ms_{1'800'000};
-  std::vector<uint32_t> seen_;  // the newest round known of each peer
+  std::vector<uint32_t> seen_;           // the newest round known of each peer
+  std::vector<std::atomic<bool>> gone_;  // by place
   std::unique_ptr<Windows> windows_;
   std::mutex mutex_;
   std::mutex flush_mutex_;

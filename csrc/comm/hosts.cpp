@@ -19,11 +19,34 @@ InnerFactory& inner_factory() {
   return *factory;
 }
 
-std::chrono::milliseconds time_left(Deadline deadline) {
-  if (deadline.at_ns == 0) return c10d::kUnsetTimeout;
-  const uint64_t now = now_ns();
-  return std::chrono::milliseconds(
-      std::max<uint64_t>(1, deadline.at_ns > now ? (deadline.at_ns - now) / 1'000'000 : 1));
+// Tags that no message has.
+constexpr int kCutTag = 1 << 28;
+constexpr int kProbeTag = kCutTag + 1;
+
+// gloo has no abort: but a receive that times out closes all connections of its group, and with them ends all waits.
+void cut(const InnerGroups& inner) {
+  for (const auto& gloo : {inner.whole, inner.across}) {
+    if (!gloo) continue;
+    try {
+      std::vector<at::Tensor> nothing{at::empty({1}, at::kByte)};
+      gloo->recvAnysource(nothing, kCutTag)->wait(std::chrono::milliseconds(1));
+    } catch (const std::exception&) {
+    }
+  }
+}
+
+// Of ranks on other hosts: a receive can't even be posted.
+std::vector<int> closed(const InnerGroups& inner, const Communicator& local) {
+  std::vector<int> places;
+  for (int place = local.world(); place < local.num_places(); ++place) {
+    try {
+      std::vector<at::Tensor> nothing{at::empty({1}, at::kByte)};
+      inner.whole->recv(nothing, local.group_rank(place), kProbeTag);
+    } catch (const std::exception&) {
+      places.push_back(place);
+    }
+  }
+  return places;
 }
 
 c10d::ReduceOp gloo_op(ReduceOp op) {
@@ -38,42 +61,56 @@ c10d::ReduceOp gloo_op(ReduceOp op) {
   }
 }
 
-// A reduction as gloo can do it without rounding twice: half types in float32, int16 (which gloo lacks) in int32, bool
-// as numbers, a mean as a sum.
-struct Accumulator {
-  Accumulator(const at::Tensor& tensor, ReduceOp asked, int size) : op(asked == ReduceOp::avg ? ReduceOp::sum : asked) {
-    auto type = tensor.scalar_type();
-    if (type == at::kHalf || type == at::kBFloat16) type = at::kFloat;
-    if (type == at::kShort || type == at::kBool) type = at::kInt;
-    if (tensor.scalar_type() == at::kBool)
-      op = op == ReduceOp::product ? ReduceOp::min : op == ReduceOp::sum ? ReduceOp::max : op;
-    if (asked == ReduceOp::avg) divisor = size;
-    sum = tensor.to(type);
-  }
-  void store(at::Tensor& tensor) {
-    if (divisor != 1) sum.div_(divisor);
-    if (!tensor.is_same(sum)) tensor.copy_(sum);
-  }
-  ReduceOp op;
-  int divisor = 1;
-  at::Tensor sum;
-};
-
 }  // namespace
+
+std::chrono::milliseconds time_left(Deadline deadline) {
+  if (deadline.at_ns == 0) return c10d::kUnsetTimeout;
+  const uint64_t now = now_ns();
+  return std::chrono::milliseconds(
+      std::max<uint64_t>(1, deadline.at_ns > now ? (deadline.at_ns - now) / 1'000'000 : 1));
+}
+
+Accumulator::Accumulator(const at::Tensor& tensor, ReduceOp asked, int size)
+    : op(asked == ReduceOp::avg ? ReduceOp::sum : asked) {
+  auto type = tensor.scalar_type();
+  if (type == at::kHalf || type == at::kBFloat16) type = at::kFloat;
+  if (type == at::kShort || type == at::kBool) type = at::kInt;
+  if (tensor.scalar_type() == at::kBool)
+    op = op == ReduceOp::product ? ReduceOp::min : op == ReduceOp::sum ? ReduceOp::max : op;
+  if (asked == ReduceOp::avg) divisor = size;
+  sum = tensor.to(type);
+}
+
+void Accumulator::store(at::Tensor& tensor) {
+  if (divisor != 1) sum.div_(divisor);
+  if (!tensor.is_same(sum)) tensor.copy_(sum);
+}
 
 void set_inner_factory(InnerFactory factory) {
   inner_factory() = std::move(factory);
 }
 
-Hosts::Hosts(Communicator& local, std::vector<std::vector<int>> hosts, c10::intrusive_ptr<c10d::Store> store, int rank,
-             int size, std::chrono::milliseconds timeout)
-    : local_(local), hosts_(std::move(hosts)), rank_(rank), size_(size) {
+Hosts::Hosts(std::shared_ptr<Communicator> local, std::vector<std::vector<int>> hosts,
+             c10::intrusive_ptr<c10d::Store> store, int rank, int size, std::chrono::milliseconds timeout)
+    : shared_(std::move(local)), local_(*shared_), hosts_(std::move(hosts)), rank_(rank), size_(size) {
   host_ = place_of(rank).first;
   for (const auto& host : hosts_) equal_ = equal_ && host.size() == hosts_[0].size();
+  watch_ = std::make_shared<Watch>(shared_, hosts_, host_, store);
   InnerRequest request{std::move(store), rank, size, -1, host_, static_cast<int>(hosts_.size()), timeout};
   if (equal_ || leads()) request.across_index = local_.rank();
   if (!inner_factory()) throw ArgumentError("pypar: the group spans hosts; import pypar to connect them");
   inner_ = inner_factory()(request);
+  watch_->start(
+      {[inner = inner_] { cut(inner); }, [inner = inner_, local = shared_] { return closed(inner, *local); }});
+}
+
+Hosts::~Hosts() {
+  stop();
+}
+
+void Hosts::stop() {
+  local_.leave(calls_);
+  watch_->stop();
 }
 
 std::pair<int, int> Hosts::place_of(int rank) const {
@@ -84,19 +121,18 @@ std::pair<int, int> Hosts::place_of(int rank) const {
   throw ArgumentError("pypar: rank " + std::to_string(rank) + " is on no host");
 }
 
-void Hosts::finish(const std::function<WorkPtr()>& start) {
+void Hosts::finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start) {
+  local_.check_alive(local_.rank(), what, {});
+  const Watch::Call call(*watch_, calls_);
   try {
     start()->wait();
   } catch (const std::exception& error) {
-    const std::string why = "rank " + std::to_string(rank_) + " of group '" + local_.name() +
-                            "' between hosts, through gloo: " + error.what();
-    local_.abort(why);
-    throw PeerError(why);
+    watch_->fail(std::string(what) + ", call " + std::to_string(calls_) + " between hosts", error.what(), deadline);
   }
 }
 
 void Hosts::sum_across(at::Tensor& tensor, c10d::ReduceOp op, Deadline deadline) {
-  finish([&] {
+  finish("all_reduce", deadline, [&] {
     std::vector<at::Tensor> tensors{tensor};
     c10d::AllreduceOptions options;
     options.reduceOp = op;
@@ -115,6 +151,7 @@ void Hosts::local_all_gather(const at::Tensor& input, at::Tensor& output, Deadli
 
 void Hosts::all_reduce(at::Tensor& tensor, ReduceOp asked, Deadline deadline) {
   at::NoGradGuard no_grad;
+  ++calls_;
   Accumulator a(tensor, asked, size_);
   at::Tensor flat = a.sum.view({-1});
   const DType dtype = reducible_dtype(flat, a.op);
@@ -142,10 +179,11 @@ void Hosts::all_reduce(at::Tensor& tensor, ReduceOp asked, Deadline deadline) {
 }
 
 void Hosts::broadcast(at::Tensor& tensor, int root, Deadline deadline) {
+  ++calls_;
   const auto [root_host, root_place] = place_of(root);
   if (host_ == root_host) local_.broadcast(tensor.data_ptr(), bytes_of(tensor), root_place, deadline);
   if (leads()) {
-    finish([&, source = root_host] {
+    finish("broadcast", deadline, [&, source = root_host] {
       std::vector<at::Tensor> tensors{tensor};
       c10d::BroadcastOptions options;
       options.rootRank = source;
@@ -158,18 +196,19 @@ void Hosts::broadcast(at::Tensor& tensor, int root, Deadline deadline) {
 
 void Hosts::all_gather(at::Tensor& output, const at::Tensor& input, Deadline deadline) {
   at::NoGradGuard no_grad;
+  if (!equal_) {
+    const std::vector<int64_t> bytes(static_cast<size_t>(size_), bytes_of(input));
+    std::vector<void*> outs;
+    for (int r = 0; r < size_; ++r) outs.push_back(static_cast<std::byte*>(output.data_ptr()) + r * bytes_of(input));
+    return all_gather(input.data_ptr(), bytes, outs.data(), deadline);
+  }
+  ++calls_;
   c10d::AllgatherOptions options;
   options.timeout = time_left(deadline);
-  if (!equal_) {
-    return run_whole([&](c10d::Backend& gloo) {
-      at::Tensor in = input;
-      return gloo._allgather_base(output, in, options);
-    });
-  }
   const auto num_hosts = static_cast<int64_t>(hosts_.size());
   at::Tensor own = input.view({-1});
   at::Tensor across = at::empty({num_hosts * own.numel()}, own.options());
-  finish([&] { return inner_.across->_allgather_base(across, own, options); });
+  finish("all_gather", deadline, [&] { return inner_.across->_allgather_base(across, own, options); });
   at::Tensor all = at::empty({local_.world(), num_hosts, own.numel()}, own.options());
   local_all_gather(across, all, deadline);
   at::Tensor rows = output.view({size_, own.numel()});
@@ -182,11 +221,10 @@ void Hosts::all_gather(at::Tensor& output, const at::Tensor& input, Deadline dea
 void Hosts::reduce_scatter(at::Tensor& output, const at::Tensor& input, ReduceOp asked, Deadline deadline) {
   at::NoGradGuard no_grad;
   if (!equal_) {
-    at::Tensor sum = input.clone();
-    all_reduce(sum, asked, deadline);
-    output.view({-1}).copy_(sum.view({size_, output.numel()})[rank_]);
-    return;
+    const std::vector<int64_t> counts(static_cast<size_t>(size_), output.numel());
+    return reduce_scatter(output, input, counts, asked, deadline);
   }
+  ++calls_;
   Accumulator a(input, asked, size_);
   const auto num_hosts = static_cast<int64_t>(hosts_.size());
   const int64_t n = output.numel();
@@ -208,9 +246,10 @@ void Hosts::reduce_scatter(at::Tensor& output, const at::Tensor& input, ReduceOp
 }
 
 void Hosts::barrier(Deadline deadline) {
+  ++calls_;
   local_.barrier(deadline);
   if (leads()) {
-    finish([&] {
+    finish("barrier", deadline, [&] {
       c10d::BarrierOptions options;
       options.timeout = time_left(deadline);
       return inner_.across->barrier(options);

@@ -12,6 +12,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "comm/communicator.h"
+#include "comm/watch.h"
 
 namespace pypar {
 
@@ -35,15 +36,20 @@ void set_inner_factory(InnerFactory factory);
 
 class Hosts {
  public:
-  Hosts(Communicator& local, std::vector<std::vector<int>> hosts, c10::intrusive_ptr<c10d::Store> store, int rank,
-        int size, std::chrono::milliseconds timeout);
+  Hosts(std::shared_ptr<Communicator> local, std::vector<std::vector<int>> hosts, c10::intrusive_ptr<c10d::Store> store,
+        int rank, int size, std::chrono::milliseconds timeout);
+  ~Hosts();
+  // This rank will call no more.
+  void stop();
 
-  // gloo over all ranks: messages, and the collectives that have no form of their own here.
-  c10d::Backend& whole() const { return *inner_.whole; }
+  // gloo over all ranks: messages, monitored barriers and sparse tensors.
+  const c10::intrusive_ptr<c10d::Backend>& whole() const { return inner_.whole; }
   template <typename Call>
-  void run_whole(Call&& call) {
-    finish([&] { return call(whole()); });
+  void run_whole(Deadline deadline, Call&& call) {
+    ++calls_;
+    finish("a call of all ranks", deadline, [&] { return call(*inner_.whole); });
   }
+  const std::shared_ptr<Watch>& watch() const { return watch_; }
 
   // Tensors are contiguous. Each returns when it is done.
   void all_reduce(at::Tensor& tensor, ReduceOp op, Deadline deadline);
@@ -53,17 +59,30 @@ class Hosts {
   void reduce_scatter(at::Tensor& output, const at::Tensor& input, ReduceOp op, Deadline deadline);
   void barrier(Deadline deadline);
 
+  // Of any sizes, by rank of the group; see hosts_uneven.cpp. outs[s]: bytes[s] from rank s; `in`: bytes[rank].
+  void all_gather(const void* in, const std::vector<int64_t>& bytes, void* const* outs, Deadline deadline);
+  void all_to_all(const void* const* ins, const std::vector<int64_t>& send_bytes, void* const* outs,
+                  const std::vector<int64_t>& recv_bytes, Deadline deadline);
+  // input: one behind the other, counts[r] elements for rank r.
+  void reduce_scatter(at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& counts, ReduceOp op,
+                      Deadline deadline);
+
  private:
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
   bool leads() const { return local_.rank() == 0; }
-  // Starts a call of gloo and waits for it. What gloo throws ends the call on the ranks of this host, too.
-  void finish(const std::function<WorkPtr()>& start);
+  // Starts a call of gloo and waits for it. What gloo throws ends the group.
+  void finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start);
+  void swap(c10d::Backend& gloo, at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
+            std::vector<int64_t> input_splits, Deadline deadline, const std::function<void()>& meanwhile = nullptr);
+  void check_sizes(const std::vector<int64_t>& sends, const std::vector<int64_t>& expects, Deadline deadline);
+  void from_leader(const void* in, void* out, const std::vector<int64_t>& bytes, Deadline deadline);
   // Rank of the group -> its host and its place there.
   std::pair<int, int> place_of(int rank) const;
   void sum_across(at::Tensor& tensor, c10d::ReduceOp op, Deadline deadline);
   void local_all_gather(const at::Tensor& input, at::Tensor& output, Deadline deadline);
 
+  const std::shared_ptr<Communicator> shared_;
   Communicator& local_;
   const std::vector<std::vector<int>> hosts_;
   const int rank_;
@@ -71,6 +90,21 @@ class Hosts {
   int host_ = 0;
   bool equal_ = true;  // all hosts have as many ranks
   InnerGroups inner_;
+  std::shared_ptr<Watch> watch_;
+  std::atomic<uint64_t> calls_{0};  // the same on all ranks at the same call
 };
+
+// A reduction as gloo can do it without rounding twice: half types in float32, int16 (which gloo lacks) in int32, bool
+// as numbers, a mean as a sum.
+struct Accumulator {
+  Accumulator(const at::Tensor& tensor, ReduceOp asked, int size);
+  void store(at::Tensor& tensor);
+  ReduceOp op;
+  int divisor = 1;
+  at::Tensor sum;
+};
+
+// What is left of a deadline, as c10d's options take it.
+std::chrono::milliseconds time_left(Deadline deadline);
 
 }  // namespace pypar

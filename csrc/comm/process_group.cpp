@@ -20,7 +20,8 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
     communicator_ = std::make_shared<Communicator>(std::move(mesh));
     rings_ = std::make_unique<Rings>(*communicator_);
     if (partition_.size() > 1) {
-      hosts_ = std::make_unique<Hosts>(*communicator_, partition_, store_, rank, size, options_->timeout);
+      hosts_ = std::make_unique<Hosts>(communicator_, partition_, store_, rank, size, options_->timeout);
+      messages_ = std::make_unique<Messages>(*communicator_, *rings_, hosts_->whole(), hosts_->watch());
     }
   });
   communicator_->set_timeout(options_->timeout);
@@ -36,7 +37,9 @@ ProcessGroup::~ProcessGroup() {
     communicator_->abort(communicator_->rank_text(communicator_->rank()) + " of group '" + options_->group_name +
                          "' dropped the group while its calls were pending; did it raise an exception?");
   }
+  if (hosts_) hosts_->stop();  // after this, nothing waits for another host
   queue_.close("the process group was destroyed");
+  messages_.reset();
 }
 
 void ProcessGroup::setGroupUid(const std::string& name) {
@@ -65,7 +68,7 @@ void ProcessGroup::abort() {
   const std::string why = "rank " + std::to_string(rank_) + " aborted group '" + options_->group_name + "'";
   communicator_->abort(why);
   rings_->fail_all(why);
-  if (hosts_) hosts_->whole().abort();
+  if (hosts_) hosts_->watch()->wake();
 }
 
 void ProcessGroup::shutdown() {
@@ -76,7 +79,11 @@ void ProcessGroup::shutdown() {
   const std::string why = "group '" + options_->group_name + "' was destroyed";
   queue_.close(why);
   rings_->fail_all(why);
-  communicator_->leave();
+  if (hosts_) {
+    hosts_->stop();
+  } else {
+    communicator_->leave();
+  }
 }
 
 Deadline ProcessGroup::deadline(Milliseconds timeout) const {
@@ -117,7 +124,7 @@ struct Answer {
 }  // namespace
 
 void ProcessGroup::monitoredBarrier(const c10d::BarrierOptions& options, bool wait_all_ranks) {
-  if (hosts_) return hosts_->whole().monitoredBarrier(options, wait_all_ranks);
+  if (hosts_) return hosts_->whole()->monitoredBarrier(options, wait_all_ranks);
   check_open();
   const int64_t tag = -1 - num_monitored_barriers_++;
   const auto timeout = options.timeout == c10d::kUnsetTimeout ? options_->timeout : options.timeout;

@@ -14,6 +14,7 @@
 
 #include "comm/communicator.h"
 #include "comm/hosts.h"
+#include "comm/messages.h"
 #include "comm/rings.h"
 #include "comm/work.h"
 
@@ -89,6 +90,12 @@ class ProcessGroup : public c10d::Backend {
   template <typename Run>
   WorkPtr launch(c10d::OpType type, const char* title, bool async, Milliseconds timeout, const Tensors& inputs,
                  TensorLists outputs, Run&& run);
+  // Over one host or several, sizes in bytes by rank.
+  void gather_all(const void* in, const std::vector<int64_t>& bytes, void* const* outs, Deadline deadline, DType dtype);
+  void swap_all(const void* const* ins, const std::vector<int64_t>& send_bytes, void* const* outs,
+                const std::vector<int64_t>& recv_bytes, Deadline deadline, DType dtype);
+  // Where a rank of the group is in the communicator.
+  int place_of(int rank) const;
   WorkPtr launch_recv(Tensors& tensors, int src, int tag);
   Deadline deadline(Milliseconds timeout) const;
   void check_open() const;
@@ -100,7 +107,8 @@ class ProcessGroup : public c10d::Backend {
   std::vector<std::vector<int>> partition_;
   std::shared_ptr<Communicator> communicator_;
   std::unique_ptr<Rings> rings_;
-  std::unique_ptr<Hosts> hosts_;  // null: one host
+  std::unique_ptr<Hosts> hosts_;        // null: one host
+  std::unique_ptr<Messages> messages_;  // to other hosts
   std::atomic<uint64_t> sequence_{0};
   std::atomic<int64_t> num_monitored_barriers_{0};
   std::string registered_name_;

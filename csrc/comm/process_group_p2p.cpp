@@ -1,4 +1,4 @@
-// send and recv of the process group: through the rings, or through gloo when the group spans hosts.
+// send and recv of the process group: through the rings, or through gloo to ranks of other hosts.
 
 #include <ATen/ATen.h>
 
@@ -41,21 +41,28 @@ std::exception_ptr python_error(const std::exception_ptr& error) {
 
 }  // namespace
 
+int ProcessGroup::place_of(int rank) const {
+  int place = hosts_ ? 0 : rank;
+  while (communicator_->group_rank(place) != rank) ++place;
+  return place;
+}
+
 ProcessGroup::WorkPtr ProcessGroup::send(Tensors& tensors, int dst, int tag) {
   check_open();
   return with_python_errors([&]() -> WorkPtr {
     const at::Tensor& tensor = check_message("send", tensors, dst, rank_, size_, tag);
     if (dst == kAnySource) refuse("send: -1 is not a rank");
-    if (hosts_) return hosts_->whole().send(tensors, dst, tag);
     const uint64_t sequence = ++sequence_;
+    const int place = place_of(dst);
     Flat flat(tensor);
-    if (rings_->try_send(dst, tag, flat.data(), flat.tensor().nbytes(), movable_dtype(tensor))) {
+    if (place >= communicator_->world()) return messages_->send(flat.tensor(), place, tag, sequence, tensors);
+    if (rings_->try_send(place, tag, flat.data(), flat.tensor().nbytes(), movable_dtype(tensor))) {
       auto work =
           c10::make_intrusive<Work>(rank_, c10d::OpType::SEND, sequence, TensorLists{tensors}, "pypar:send", &tensors);
       work->complete();
       return work;
     }
-    auto op = make_op(true, dst, tag, flat.tensor(), deadline(c10d::kUnsetTimeout));
+    auto op = make_op(true, place, tag, flat.tensor(), deadline(c10d::kUnsetTimeout));
     auto work = c10::make_intrusive<RingWork>(*rings_, op, rank_, c10d::OpType::SEND, sequence, TensorLists{tensors},
                                               "pypar:send", &tensors);
     op->on_done = [work, kept = flat.tensor()](std::exception_ptr error) {
@@ -72,20 +79,19 @@ ProcessGroup::WorkPtr ProcessGroup::launch_recv(Tensors& tensors, int src, int t
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
   return with_python_errors([&]() -> WorkPtr {
     const at::Tensor& tensor = check_message("recv", tensors, src, rank_, size_, tag);
-    if (hosts_) {
-      return src == kAnySource ? hosts_->whole().recvAnysource(tensors, tag) : hosts_->whole().recv(tensors, src, tag);
-    }
     const uint64_t sequence = ++sequence_;
+    const int place = src == kAnySource ? src : place_of(src);
+    if (hosts_ && (place == kAnySource || place >= communicator_->world())) messages_->listen();
     auto flat = std::make_unique<Flat>(tensor, false);
     int source = kAnySource;
-    if (rings_->try_recv(src, tag, flat->data(), flat->tensor().nbytes(), movable_dtype(tensor), &source)) {
+    if (rings_->try_recv(place, tag, flat->data(), flat->tensor().nbytes(), movable_dtype(tensor), &source)) {
       flat->write_back();
-      auto work =
-          c10::make_intrusive<ReceivedWork>(source, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
+      auto work = c10::make_intrusive<ReceivedWork>(communicator_->group_rank(source), rank_, type, sequence,
+                                                    TensorLists{tensors}, title, &tensors);
       work->complete();
       return work;
     }
-    auto op = make_op(false, src, tag, flat->tensor(), deadline(c10d::kUnsetTimeout));
+    auto op = make_op(false, place, tag, flat->tensor(), deadline(c10d::kUnsetTimeout));
     auto work =
         c10::make_intrusive<RingWork>(*rings_, op, rank_, type, sequence, TensorLists{tensors}, title, &tensors);
     op->on_done = [work, original = tensor, received = flat->tensor()](std::exception_ptr error) {

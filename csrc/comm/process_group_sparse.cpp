@@ -90,12 +90,12 @@ ProcessGroup::WorkPtr ProcessGroup::allreduce_sparse(Tensors& tensors, const c10
   with_python_errors([&] {
     if (tensors.size() != 1) refuse("all_reduce of sparse tensors requires a single-element tensor list");
     if (tensors[0].layout() != at::kSparse) refuse("allreduce_sparse takes tensors of layout torch.sparse_coo");
-    if (core_op(options.reduceOp) != ReduceOp::sum) refuse("all_reduce of sparse tensors only supports ReduceOp.SUM");
+    if (options.reduceOp.op_ != c10d::ReduceOp::SUM) refuse("all_reduce of sparse tensors only supports ReduceOp.SUM");
   });
   return launch(c10d::OpType::_ALLREDUCE_SPARSE, "pypar:sparse_all_reduce", options.asyncOp, options.timeout, tensors,
                 {tensors}, [this, tensors, options](Deadline d) mutable {
                   if (hosts_) {
-                    hosts_->run_whole([&](c10d::Backend& gloo) { return gloo.allreduce(tensors, options); });
+                    hosts_->run_whole(d, [&](c10d::Backend& gloo) { return gloo.allreduce(tensors, options); });
                   } else {
                     reduce_sparse(*communicator_, tensors[0], d);
                   }

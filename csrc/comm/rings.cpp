@@ -24,7 +24,7 @@ Rings::Rings(Communicator& comm) : comm_(comm), me_(comm.rank()), world_(comm.wo
   chunk_bytes_ = (block_bytes_ - kRingHeaderBytes) / kRingSlots;
   out_.resize(static_cast<size_t>(world_));
   in_.resize(static_cast<size_t>(world_));
-  wanted_.assign(static_cast<size_t>(world_), 0);
+  wanted_.assign(static_cast<size_t>(comm.num_places()), 0);
 }
 
 Rings::~Rings() {
@@ -157,7 +157,7 @@ bool Rings::try_send(int dst, int64_t tag, const void* data, size_t bytes, DType
 bool Rings::try_recv(int src, int64_t tag, void* data, size_t bytes, DType dtype, int* source) {
   // Only the plain case: the message is the head of its ring, whole in one slot, and no other receive is before us.
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!posted_.empty() || !unexpected_.empty() || stop_ || comm_.aborted()) return false;
+  if (src >= world_ || !posted_.empty() || !unexpected_.empty() || stop_ || comm_.aborted()) return false;
   const int first = src == kAnySource ? 0 : src;
   const int last = src == kAnySource ? world_ - 1 : src;
   for (int s = first; s <= last; ++s) {
@@ -189,6 +189,7 @@ void Rings::give_credit(int src, bool all) {
 
 void Rings::post(const std::shared_ptr<RingOp>& op) {
   Ops finished;
+  Fetch fetch;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (stop_) throw PeerError(comm_.rank_text(me_) + " of group '" + comm_.name() + "': the group was shut down");
@@ -201,12 +202,45 @@ void Rings::post(const std::shared_ptr<RingOp>& op) {
     } else {
       ++(op->peer == kAnySource ? wanted_any_ : wanted_[static_cast<size_t>(op->peer)]);
       pending_.push_back(op);
-      if (!take_unexpected(op, finished)) posted_.push_back(op);
+      if (!take_unexpected(op, finished, fetch)) posted_.push_back(op);
       for (int s = 0; s < world_; ++s) {
         if (s != me_ && (op->peer == kAnySource || op->peer == s)) drain(s, finished);
       }
     }
     if (!op->finished()) start_background();
+  }
+  report(finished);
+  if (fetch) fetch_into(op, fetch);
+}
+
+void Rings::announce(int src, int64_t tag, size_t bytes, DType dtype, Fetch fetch) {
+  Ops finished;
+  std::shared_ptr<RingOp> op;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stop_ || comm_.aborted()) return;
+    unexpected_.push_back(
+        std::make_unique<Message>(Message{src, tag, dtype, bytes, /*complete=*/true, nullptr, std::move(fetch)}));
+    op = match(src, tag);
+    if (!op) return;
+    take_unexpected(op, finished, fetch);
+  }
+  report(finished);
+  if (fetch) fetch_into(op, fetch);
+}
+
+// Without the lock: it may last. The operation stays pending, so that its memory stays.
+void Rings::fetch_into(const std::shared_ptr<RingOp>& op, const Fetch& fetch) {
+  std::exception_ptr error;
+  try {
+    fetch(op->data);
+  } catch (const PeerError&) {
+    error = std::current_exception();
+  }
+  Ops finished;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    finish(op, error, finished);
   }
   report(finished);
 }
@@ -297,7 +331,7 @@ bool Rings::drain(int src, Ops& finished) {
 }
 
 // A receive that is posted after its message left the ring.
-bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished) {
+bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished, Fetch& fetch) {
   for (auto it = unexpected_.begin(); it != unexpected_.end(); ++it) {
     Message& message = **it;
     if ((op->peer != kAnySource && op->peer != message.src) || op->tag != message.tag) continue;
@@ -309,6 +343,12 @@ bool Rings::take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished) {
       return true;
     }
     op->source = message.src;
+    if (message.src >= world_) {
+      op->fetching = true;
+      fetch = std::move(message.fetch);
+      unexpected_.erase(it);
+      return true;
+    }
     Incoming& in = in_[static_cast<size_t>(message.src)];
     const size_t here = message.complete ? message.bytes : in.got;
     if (here != 0) copy_bytes(op->data, message.data.get(), here);

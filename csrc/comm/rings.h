@@ -35,7 +35,7 @@ inline constexpr int kAnySource = -1;
 // One posted send or receive that could not complete at once.
 struct RingOp {
   bool is_send = false;
-  int peer = kAnySource;
+  int peer = kAnySource;  // a place of the communicator; a send's is on this host
   int64_t tag = 0;
   std::byte* data = nullptr;
   size_t bytes = 0;
@@ -49,6 +49,8 @@ struct RingOp {
   std::exception_ptr error;  // of a failed one
   size_t moved = 0;          // bytes of a send that are in the ring already
   uint64_t window = 0;       // of a send: where it lies in symmetric memory, if the receiver shall copy it from there
+
+  bool fetching = false;  // of a receive: another host's message is on its way to `data`
 
   bool finished() const { return state.load(std::memory_order_seq_cst) != pending; }
 };
@@ -72,6 +74,11 @@ class Rings {
   bool cancel(const std::shared_ptr<RingOp>& op, const std::string& why);
   // Every pending operation fails with `why`.
   void fail_all(const std::string& why);
+  // A message from a rank of another host is there for the receive that matches it, now or later; that one's thread
+  // calls fetch(data), which returns when the message is at its place or throws.
+  using Fetch = std::function<void(std::byte*)>;
+  void announce(int src, int64_t tag, size_t bytes, DType dtype, Fetch fetch);
+  int group_rank(int place) const { return place == kAnySource ? place : comm_.group_rank(place); }
 
  private:
   struct Slot;
@@ -98,7 +105,8 @@ class Rings {
   bool push(int dst, Ops& finished);
   bool drain(int src, Ops& finished);
   bool begin_message(int src, const Slot& head, Ops& finished);
-  bool take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished);
+  bool take_unexpected(const std::shared_ptr<RingOp>& op, Ops& finished, Fetch& fetch);
+  void fetch_into(const std::shared_ptr<RingOp>& op, const Fetch& fetch);
   std::shared_ptr<RingOp> match(int src, int64_t tag);
   void check_fits(const RingOp& op, int src, size_t bytes, DType dtype) const;
   void finish(const std::shared_ptr<RingOp>& op, std::exception_ptr error, Ops& finished);

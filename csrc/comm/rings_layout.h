@@ -35,6 +35,7 @@ struct Rings::Message {
   size_t bytes;
   bool complete = false;
   std::unique_ptr<std::byte[]> data;
+  Fetch fetch;  // of a message that another host holds
 };
 
 struct Rings::Incoming {

@@ -44,15 +44,16 @@ bool Rings::progress(Ops& finished) {
 void Rings::check_pending(Ops& finished) {
   std::vector<std::pair<std::shared_ptr<RingOp>, std::exception_ptr>> hopeless;
   for (const auto& op : pending_) {
+    if (op->fetching) continue;
     try {
       comm_.check_alive(op->peer == kAnySource ? me_ : op->peer, text_of(*op), op->deadline);
       if (op->peer != kAnySource) continue;
       int gone = 0;
-      for (int r = 0; r < world_; ++r) {
+      for (int r = 0; r < comm_.num_places(); ++r) {
         try {
           if (r != me_) comm_.check_alive(r, text_of(*op), {});
         } catch (const PeerError&) {
-          if (++gone == world_ - 1) throw;
+          if (++gone == comm_.num_places() - 1) throw;
         }
       }
     } catch (const PeerError&) {
@@ -84,7 +85,9 @@ void Rings::fail_pending(std::exception_ptr error, Ops& finished) {
   }
   for (auto& in : in_) in.op = nullptr;
   const Ops all = pending_;
-  for (const auto& op : all) finish(op, error, finished);
+  for (const auto& op : all) {
+    if (!op->fetching) finish(op, error, finished);
+  }
   // A half-received message has no home now; nothing is received after an abort.
 }
 
@@ -117,6 +120,7 @@ void Rings::wait(const std::shared_ptr<RingOp>& op, Deadline deadline) {
                             std::to_string(deadline.timeout_ms) + " ms, the timeout given to wait()";
     comm_.abort(why);
     fail_all(why);
+    wait_until(op, {});  // what another host was sending ends when its connection is cut
   }
   if (op->error) std::rethrow_exception(op->error);
 }

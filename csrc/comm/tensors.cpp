@@ -56,12 +56,16 @@ ReduceOp core_op(const c10d::ReduceOp& op) {
     case c10d::ReduceOp::BAND: return ReduceOp::band;
     case c10d::ReduceOp::BOR: return ReduceOp::bor;
     case c10d::ReduceOp::BXOR: return ReduceOp::bxor;
-    case c10d::ReduceOp::PREMUL_SUM: refuse("ReduceOp.PREMUL_SUM is not supported; multiply, then use ReduceOp.SUM");
+    case c10d::ReduceOp::PREMUL_SUM: return ReduceOp::sum;  // Flat multiplies
     default: refuse("unknown ReduceOp");
   }
 }
 
-at::Tensor as_real(const at::Tensor& tensor, ReduceOp op) {
+at::Tensor as_real(const at::Tensor& tensor, const c10d::ReduceOp& asked) {
+  const ReduceOp op = core_op(asked);
+  if (asked.op_ == c10d::ReduceOp::PREMUL_SUM && !tensor.is_floating_point() && !tensor.is_complex()) {
+    refuse(std::string("ReduceOp.PREMUL_SUM takes floating-point tensors, got ") + c10::toString(tensor.scalar_type()));
+  }
   if (!tensor.is_complex()) return tensor;
   if (op != ReduceOp::sum && op != ReduceOp::avg) {
     refuse(std::string("the reduction ") + name_of(op) + " has no meaning for complex tensors");
@@ -85,8 +89,15 @@ void check_same(const char* what, const char* name, const at::Tensor& tensor, co
   }
 }
 
-Flat::Flat(const at::Tensor& tensor, bool read)
-    : original_(tensor), copied_(!tensor.is_contiguous() || tensor.is_conj() || tensor.is_neg()) {
+namespace {
+
+bool needs_copy(const at::Tensor& tensor) {
+  return !tensor.is_contiguous() || tensor.is_conj() || tensor.is_neg();
+}
+
+}  // namespace
+
+Flat::Flat(const at::Tensor& tensor, bool read) : original_(tensor), copied_(needs_copy(tensor)) {
   if (!copied_) {
     flat_ = tensor;
   } else {
@@ -94,6 +105,18 @@ Flat::Flat(const at::Tensor& tensor, bool read)
     flat_ = at::empty(tensor.sizes(), tensor.options());
     if (read) flat_.copy_(tensor);
   }
+}
+
+Flat::Flat(const at::Tensor& tensor, const c10d::ReduceOp& op)
+    : original_(tensor), copied_(needs_copy(tensor) || op.op_ == c10d::ReduceOp::PREMUL_SUM) {
+  at::NoGradGuard no_grad;
+  flat_ = copied_ ? at::empty(tensor.sizes(), tensor.options()).copy_(tensor) : tensor;
+  if (op.op_ != c10d::ReduceOp::PREMUL_SUM) return;
+  const auto* given = dynamic_cast<const c10d::PreMulSumSupplement*>(op.supplement_.get());
+  if (given == nullptr) refuse("ReduceOp.PREMUL_SUM without a factor");
+  const double factor = given->tensor_factor.defined() ? given->tensor_factor.item<double>() : given->double_factor;
+  // As a tensor without dimensions: it does not change the type, and, unlike a Scalar, isn't rounded to it.
+  flat_.mul_(at::scalar_tensor(factor, at::kDouble));
 }
 
 void Flat::write_back() {

@@ -16,7 +16,7 @@ DType movable_dtype(const at::Tensor& tensor);
 DType reducible_dtype(const at::Tensor& tensor, ReduceOp op);
 ReduceOp core_op(const c10d::ReduceOp& op);
 // A complex tensor as pairs of reals, for the reductions that allow it.
-at::Tensor as_real(const at::Tensor& tensor, ReduceOp op);
+at::Tensor as_real(const at::Tensor& tensor, const c10d::ReduceOp& op);
 
 void check_dense(const char* what, const at::Tensor& tensor);
 void check_same(const char* what, const char* name, const at::Tensor& tensor, const at::Tensor& like);
@@ -30,6 +30,9 @@ inline int64_t bytes_of(const at::Tensor& tensor) {
 class Flat {
  public:
   explicit Flat(const at::Tensor& tensor, bool read = true);
+  // The input of a reduction. ReduceOp.PREMUL_SUM sums what every rank has times its factor: this product, rounded to
+  // the type of the tensor.
+  Flat(const at::Tensor& tensor, const c10d::ReduceOp& op);
   void write_back();
   at::Tensor& tensor() { return flat_; }
   void* data() { return flat_.data_ptr(); }

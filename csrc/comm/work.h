@@ -103,7 +103,7 @@ class RingWork : public Work {
            TensorLists outputs, const char* profiling_title, const std::vector<at::Tensor>* inputs);
   bool wait(std::chrono::milliseconds timeout) override;
   void abort() override;
-  int sourceRank() const override { return op_->source; }
+  int sourceRank() const override { return rings_.group_rank(op_->source); }
 
  private:
   Rings& rings_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def check_reductions(rank: int, world: int) -> None:
     mask = torch.tensor([rank == 0, False])
     dist.all_reduce(mask)
     equal(mask, torch.tensor([True, False]), "bool")
+    for dtype in (torch.float32, torch.float16):  # ReduceOp.PREMUL_SUM: the product in the type, then one rounded sum
+        factor, n = 0.1 + rank, 30_011
+        inputs = [values(r, n * world, dtype, 3) for r in range(world)]
+        expected = sum((inputs[r] * (0.1 + r)).float() for r in range(world)).to(dtype)
+        for given in (factor, torch.tensor([factor], dtype=torch.float64)):
+            op = dist._make_nccl_premul_sum(given)
+            tensor = inputs[rank].clone()
+            dist.all_reduce(tensor, op)
+            torch.testing.assert_close(tensor, expected)
+            tensor = inputs[rank].clone()
+            dist.reduce(tensor, 1, op)
+            torch.testing.assert_close(tensor, expected if rank == 1 else inputs[rank])
+            out = torch.empty(n, dtype=dtype)
+            dist.reduce_scatter_tensor(out, inputs[rank], op)
+            torch.testing.assert_close(out, expected.view(world, n)[rank])
     # A sum of half types is rounded once, also when it crosses hosts: 2048 + 1 + 1 + ... is lost one at a time.
     tensor = torch.full((20_000,), 2048.0 if rank == 0 else 1.0, dtype=torch.float16)
     dist.all_reduce(tensor)
@@ -89,9 +105,83 @@ def check_moves(rank: int, world: int) -> None:
                 out = torch.empty(world * n, dtype=dtype)
                 dist.all_to_all_single(out, torch.cat([values(rank, n, dtype, d) for d in range(world)]))
                 equal(out, torch.cat([values(r, n, dtype, rank) for r in range(world)]), f"all_to_all {dtype} {n}")
+    check_uneven_moves(rank, world)
     box = [None] * world
     dist.all_gather_object(box, f"rank {rank}")
     assert box == [f"rank {r}" for r in range(world)]
+
+
+def check_uneven_moves(rank: int, world: int) -> None:
+    for dtype in (torch.float32, torch.bool):
+        for scale in (1, 3_001):
+            sizes = [(r * 5 % 3) * scale for r in range(world)]  # some have nothing
+            outs = [torch.empty(n, dtype=dtype) for n in sizes]
+            dist.all_gather(outs, values(rank, sizes[rank], dtype))
+            for r in range(world):
+                equal(outs[r], values(r, sizes[r], dtype), f"all_gather of {sizes}")
+
+            def n(src: int, dst: int) -> int:
+                return ((src * 3 + dst * 2) % 4) * scale  # noqa: B023
+
+            ins = [values(rank, n(rank, d), dtype, d) for d in range(world)]
+            expected = [values(r, n(r, rank), dtype, rank) for r in range(world)]
+            outs = [torch.empty(x.numel(), dtype=dtype) for x in expected]
+            dist.all_to_all(outs, ins)
+            for r in range(world):
+                equal(outs[r], expected[r], f"all_to_all from {r}")
+            out = torch.empty(sum(x.numel() for x in expected), dtype=dtype)
+            dist.all_to_all_single(out, torch.cat(ins), [len(x) for x in expected], [len(x) for x in ins])
+            equal(out, torch.cat(expected), "all_to_all_single")
+    for dtype in (torch.float16, torch.int16):
+        for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN):
+            sizes = [(r + 1) * 1_001 for r in range(world)]
+            shards = [[values(r, sizes[d], dtype, d) for d in range(world)] for r in range(world)]
+            out = torch.empty(sizes[rank], dtype=dtype)
+            dist.reduce_scatter(out, [x.clone() for x in shards[rank]], op)
+            mine = torch.stack([row[rank] for row in shards])
+            want = mine.sum(0, dtype=dtype) if op == dist.ReduceOp.SUM else mine.amin(0)
+            equal(out, want, f"reduce_scatter of {sizes}, {op}")
+
+
+def check_tags_and_any_source(rank: int, world: int) -> None:
+    """Everybody sends to everybody, in two sizes and three tags; taken by tag, by source, and from anybody."""
+    others = [r for r in range(world) if r != rank]
+    works = []
+    for size in (3, 300_000):
+        for tag in (1, 2, 3):
+            for dst in others:
+                for i in range(3):
+                    works.append(dist.isend(torch.full((size,), rank * 100 + tag * 10 + i), dst, tag=tag))
+        for src in others:  # of tag 2 first
+            for i in range(3):
+                out = torch.empty(size, dtype=torch.int64)
+                assert dist.recv(out, src, tag=2) == src
+                assert (out == src * 100 + 20 + i).all()
+        early = [torch.empty(size, dtype=torch.int64) for _ in others]  # one from each, before the rest from anybody
+        first = [dist.irecv(out, src, tag=1) for out, src in zip(early, others, strict=True)]
+        for tag in (3, 1):
+            counts = dict.fromkeys(others, int(tag == 1))
+            for _ in range(3 * len(others) - sum(counts.values())):
+                out = torch.empty(size, dtype=torch.int64)
+                source = dist.recv(out, tag=tag)
+                assert (out == source * 100 + tag * 10 + counts[source]).all(), "messages overtook each other"
+                counts[source] += 1
+            assert set(counts.values()) == {3}
+        for work, out, src in zip(first, early, others, strict=True):
+            work.wait()
+            assert (out == src * 100 + 10).all()
+    for work in works:
+        work.wait()
+    # It comes without anybody waiting for it, and its future is told.
+    out = torch.empty(5)
+    works = [dist.irecv(out, (rank - 1) % world, tag=4), dist.isend(torch.arange(5.0), (rank + 1) % world, tag=4)]
+    future = works[0].get_future().then(lambda f: f.value()[0].sum())
+    works[1].wait()
+    deadline = time.monotonic() + 20
+    while not works[0].is_completed():
+        assert time.monotonic() < deadline, "no progress in the background"
+        time.sleep(0.001)
+    assert out.sum().item() == 10 and future.wait().item() == 10
 
 
 def check_messages(rank: int, world: int) -> None:
@@ -103,6 +193,7 @@ def check_messages(rank: int, world: int) -> None:
     for work in dist.batch_isend_irecv(ops):
         work.wait()
     assert (out == (rank - 1) % world).all()
+    check_tags_and_any_source(rank, world)
 
 
 def check_async(rank: int, world: int) -> None:
