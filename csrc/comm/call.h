@@ -30,9 +30,19 @@ struct Communicator::Call {
     return c.heads_[static_cast<size_t>(rank)]->lines[round % kSlots];
   }
 
-  // Publishes the header in `round`, waits for everybody's and compares them. Throws PeerError, on every rank, when two
-  // ranks called different things.
-  void agree(uint32_t round);
+  // Publishes the header in `round`, does something `meanwhile`, waits for everybody's header and compares them. Throws
+  // PeerError, on every rank, when two ranks called different things.
+  template <typename Meanwhile>
+  void agree(uint32_t round, Meanwhile&& meanwhile) {
+    publish_header(round);
+    meanwhile();
+    compare_headers(round);
+  }
+  void agree(uint32_t round) {
+    agree(round, [] {});
+  }
+  void publish_header(uint32_t round);
+  void compare_headers(uint32_t round);
   // The place of [data, data + bytes) in a window, or 0; and where that place is on another rank.
   uint64_t window_of(const void* data, size_t bytes) const { return c.windows_->find(data, bytes); }
   std::byte* at(uint64_t window, int rank) const { return c.windows_->at(window, rank); }
@@ -58,14 +68,16 @@ struct Communicator::Call {
   }
 
   // The whole of a staged call. `windowed`: this rank's data lies in a window, so it staged nothing yet. `in_place(id)`
-  // runs when every rank's data lies in the same place of the same window; otherwise all ranks stage.
-  template <typename Stage, typename Consume, typename InPlace>
-  void run(int64_t num_chunks, uint64_t window, int reads, Stage&& stage, Consume&& consume, InPlace&& in_place) {
+  // runs when every rank's data lies in the same place of the same window; otherwise all ranks stage. meanwhile() runs
+  // when the peers may begin and before this rank waits for them.
+  template <typename Stage, typename Consume, typename InPlace, typename Meanwhile>
+  void run(int64_t num_chunks, uint64_t window, int reads, Stage&& stage, Consume&& consume, InPlace&& in_place,
+           Meanwhile&& meanwhile) {
     header.window = window;
     header.staged = window == 0;
     uint32_t first = next();
     if (header.staged) stage(0, slot(me, first));
-    agree(first);
+    agree(first, meanwhile);
     if (all_lines(first, [](const Line& mine, const Line& theirs) {
           return mine.window != 0 && mine.window == theirs.window;
         })) {
@@ -79,6 +91,10 @@ struct Communicator::Call {
       publish(first);
     }
     pipeline(first, num_chunks, reads, stage, consume);
+  }
+  template <typename Stage, typename Consume, typename InPlace>
+  void run(int64_t num_chunks, uint64_t window, int reads, Stage&& stage, Consume&& consume, InPlace&& in_place) {
+    run(num_chunks, window, reads, stage, consume, in_place, [] {});
   }
 
   std::string describe(int rank, const Line& line) const;
@@ -99,6 +115,12 @@ inline std::byte* offset(void* data, int64_t bytes) {
 }
 inline const std::byte* offset(const void* data, int64_t bytes) {
   return static_cast<const std::byte*>(data) + bytes;
+}
+// What must agree when ranks name uneven parts.
+inline uint64_t hash_sizes(const int64_t* sizes, int num) {
+  uint64_t hash = 0xcbf29ce484222325ull;
+  for (int i = 0; i < num; ++i) hash = (hash ^ static_cast<uint64_t>(sizes[i])) * 0x100000001b3ull;
+  return hash;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

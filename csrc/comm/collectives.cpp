@@ -28,12 +28,6 @@ Slice slice_of(int64_t count, int64_t item, int rank, int world) {
   return {begin, std::min(count, begin + per)};
 }
 
-uint64_t hash_sizes(const int64_t* sizes, int num) {
-  uint64_t hash = 0xcbf29ce484222325ull;
-  for (int i = 0; i < num; ++i) hash = (hash ^ static_cast<uint64_t>(sizes[i])) * 0x100000001b3ull;
-  return hash;
-}
-
 }  // namespace
 
 void Communicator::barrier(Deadline deadline) {

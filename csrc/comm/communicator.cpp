@@ -263,11 +263,14 @@ void Communicator::Call::sync() {
   wait_all(round);
 }
 
-void Communicator::Call::agree(uint32_t round) {
+void Communicator::Call::publish_header(uint32_t round) {
   Line& own = c.heads_[static_cast<size_t>(me)]->lines[round % kSlots];
   std::memcpy(reinterpret_cast<char*>(&own) + sizeof own.epoch, reinterpret_cast<char*>(&header) + sizeof own.epoch,
               sizeof own - sizeof own.epoch);
   publish(round);
+}
+
+void Communicator::Call::compare_headers(uint32_t round) {
   wait_all(round);
   const bool same = all_lines(round, [](const Line& mine, const Line& theirs) {
     return mine.op == theirs.op && mine.dtype == theirs.dtype && mine.reduce_op == theirs.reduce_op &&

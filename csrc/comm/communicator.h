@@ -104,6 +104,24 @@ class Communicator {
   void scatter(const void* const* ins, int64_t bytes, void* out, int root, Deadline deadline,
                DType dtype = DType::bytes);
 
+  // The same with a matmul at one end, a piece of whole rows at a time: the rows are used where they lie, or made where
+  // they are needed. The pieces are the same on every rank and in every run; `rows`: how many each rank holds or gets.
+  // consume(src, begin, num, data): rows [begin, begin + num) of src. Own rows come first, while the others' arrive.
+  using ConsumeRows = std::function<void(int src, int64_t begin, int64_t num, const void* data)>;
+  void all_gather_rows(const void* in, const int64_t* rows, int64_t row_items, const ConsumeRows& consume,
+                       Deadline deadline, DType dtype);
+  // produce(dst, begin, num, data): writes this rank's share of rows [begin, begin + num) of dst. more(begin, num,
+  // srcs) may append what is added to those rows of `out` after the ranks' shares, before the one rounding; null:
+  // nothing.
+  using ProduceRows = std::function<void(int dst, int64_t begin, int64_t num, void* data)>;
+  using MoreRows = std::function<void(int64_t begin, int64_t num, std::vector<const void*>& srcs)>;
+  void reduce_scatter_rows(const int64_t* rows, int64_t row_items, const ProduceRows& produce, void* out,
+                           const MoreRows& more, Deadline deadline, DType dtype);
+  // Every rank gets the sum of all `rows` rows.
+  using MakeRows = std::function<void(int64_t begin, int64_t num, void* data)>;
+  void all_reduce_rows(int64_t rows, int64_t row_items, const MakeRows& produce, void* out, const MoreRows& more,
+                       Deadline deadline, DType dtype);
+
   // Collective: makes [base, base + bytes) of `fd` a symmetric window; all ranks give the same size.
   std::shared_ptr<Window> rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline);
   Windows& windows() { return *windows_; }

@@ -27,8 +27,20 @@ const char* name_of(ReduceOp op) {
 }
 
 const char* name_of(Op op) {
-  constexpr const char* kNames[] = {"nothing",   "barrier", "all_reduce", "reduce_scatter", "all_gather", "all_to_all",
-                                    "broadcast", "reduce",  "gather",     "scatter",        "rendezvous"};
+  constexpr const char* kNames[] = {"nothing",
+                                    "barrier",
+                                    "all_reduce",
+                                    "reduce_scatter",
+                                    "all_gather",
+                                    "all_to_all",
+                                    "broadcast",
+                                    "reduce",
+                                    "gather",
+                                    "scatter",
+                                    "rendezvous",
+                                    "all_gather of rows",
+                                    "reduce_scatter of rows",
+                                    "all_reduce of rows"};
   return kNames[static_cast<size_t>(op)];
 }
 

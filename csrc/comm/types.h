@@ -23,6 +23,9 @@ enum class Op : uint8_t {
   gather,
   scatter,
   rendezvous,
+  all_gather_rows,
+  reduce_scatter_rows,
+  all_reduce_rows,
 };
 
 size_t item_size(DType dtype);

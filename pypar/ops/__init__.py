@@ -1,9 +1,21 @@
 """The ops, as functions with a backward; the raw operators are torch.ops.pypar.*"""
 
 from pypar.ops.all_gather import all_gather
+from pypar.ops.all_gather_matmul import all_gather_matmul
 from pypar.ops.all_reduce import all_reduce
 from pypar.ops.all_to_all import all_to_all
 from pypar.ops.broadcast import broadcast
+from pypar.ops.matmul_all_reduce import matmul_all_reduce
+from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
 
-__all__ = ["all_gather", "all_reduce", "all_to_all", "broadcast", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_gather_matmul",
+    "all_reduce",
+    "all_to_all",
+    "broadcast",
+    "matmul_all_reduce",
+    "matmul_reduce_scatter",
+    "reduce_scatter",
+]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_group_size_by_name
 from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -35,6 +36,11 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 def group_of(group_name: str) -> dist.ProcessGroup:
     return resolve_process_group(dist.GroupName(group_name))
+
+
+def size_of(group_name: str) -> int:
+    """Ranks in the group; torch.compile takes it as a constant."""
+    return _get_group_size_by_name(group_name)
 
 
 def from_all_ranks(x: torch.Tensor, group_name: str) -> list[torch.Tensor]:

@@ -1,0 +1,43 @@
+// Row-parallel matmuls whose sum every rank gets.
+
+#include <torch/library.h>
+
+#include "cpu/matmul.h"
+
+namespace pypar {
+
+namespace {
+
+constexpr const char* kOp = "matmul_all_reduce";
+
+at::Tensor matmul_all_reduce(at::TensorList xs, at::TensorList weights, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& residual, c10::string_view group_name) {
+  return with_python_errors([&] {
+    const auto [M, N] = check_products(kOp, xs, weights);
+    at::Tensor y = at::empty({M, N}, xs[0].options());
+    Epilogue epilogue(kOp, bias, residual, M, N, y);
+    auto product = [&](int64_t begin, int64_t num, at::Tensor out) {
+      for (size_t i = 0; i < xs.size(); ++i) mm_into(out, xs[i].narrow(0, begin, num), weights[i], i != 0);
+    };
+    if (const auto communicator = find_communicator(std::string(group_name))) {
+      communicator->all_reduce_rows(
+          M, N,
+          [&](int64_t begin, int64_t num, void* data) { product(begin, num, rows_at(data, num, N, y.scalar_type())); },
+          y.mutable_data_ptr(), std::ref(epilogue), communicator->default_deadline(), dtype_of(y));
+      return y;
+    }
+    product(0, M, y);
+    std::vector<at::Tensor> tensors{y};
+    process_group_of(std::string(group_name))->allreduce(tensors, {})->wait();
+    epilogue.add_to(y);
+    return y;
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(pypar, CPU, m) {
+  m.impl("matmul_all_reduce", matmul_all_reduce);
+}
+
+}  // namespace pypar

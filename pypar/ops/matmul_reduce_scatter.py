@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pypar.ops.library import define, name_of
+from pypar.reference.collectives import group_of, rows_per_rank, size_of
+from pypar.reference.matmul_reduce_scatter import matmul_reduce_scatter as reference
+
+
+def _fake(
+    xs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    splits: list[int] | None,
+    group_name: str,
+) -> torch.Tensor:
+    group = group_of(group_name)
+    return xs[0].new_empty(rows_per_rank(xs[0].shape[0], group.size(), splits)[group.rank()], weights[0].shape[0])
+
+
+define(
+    "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, SymInt[]? splits, "
+    "str group_name) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+class _MatmulReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        splits: list[int] | None,
+        group_name: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.group_name, ctx.rows = group_name, rows_per_rank(x.shape[0], size_of(group_name), splits)
+        return torch.ops.pypar.matmul_reduce_scatter([x], [w], bias, residual, splits, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, w = ctx.saved_tensors
+        needs_x, needs_w, needs_bias, needs_residual, _, _ = ctx.needs_input_grad
+        dy, dx, dw = grads[0], None, None
+        if needs_x or needs_w:
+            dx, dw = torch.ops.pypar.all_gather_matmul_both(dy, x, w, needs_x, needs_w, ctx.rows, ctx.group_name)
+        return (
+            dx if needs_x else None,
+            dw if needs_w else None,
+            dy.sum(0) if needs_bias else None,
+            dy if needs_residual else None,
+            None,
+            None,
+        )
+
+
+def matmul_reduce_scatter(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    group: dist.ProcessGroup | str | None = None,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    splits: list[int] | None = None,
+) -> torch.Tensor:
+    """y = this rank's rows of (the sum over ranks of x_r @ w_r.T) + bias + residual.
+
+    Shapes         x [M, K/R] sharded over K, w [N, K/R] sharded over K, y [M_r, N]; M_r = splits[r], or ceil(M/R), the
+                   last ranks fewer or none; bias [N] the same on all ranks, residual [M_r, N]
+    Backward       dx = dy of all ranks @ w, dw = dy of all ranks.T @ x, with one gather for both; dbias = the sum of
+                   this rank's rows of dy (its sum over ranks is the gradient of a bias that all hold); dresidual = dy
+    Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read
+    Saves          x, w
+    Concurrency    one call at a time per group, in the same order on every rank
+    Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
+                   same bits in every run
+    Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
+    Source         as all_gather_matmul
+    """
+    return _MatmulReduceScatter.apply(x, w, bias, residual, splits, name_of(group))

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import torch
+
+from pypar.reference.collectives import from_all_ranks, group_of, rows_per_rank
+from pypar.reference.matmul_all_reduce import product, sum_and_round
+
+
+def matmul_reduce_scatter(
+    xs: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    splits: list[int] | None,
+    group_name: str,
+) -> torch.Tensor:
+    group = group_of(group_name)
+    counts = rows_per_rank(xs[0].shape[0], group.size(), splits)
+    mine = [part.split(counts)[group.rank()] for part in from_all_ranks(product(xs, weights), group_name)]
+    return sum_and_round(mine, bias, residual)
