@@ -47,7 +47,7 @@ ProcessGroup::WorkPtr ProcessGroup::send(Tensors& tensors, int dst, int tag) {
     const at::Tensor& tensor = check_message("send", tensors, dst, rank_, size_, tag);
     if (dst == kAnySource) refuse("send: -1 is not a rank");
     if (hosts_) return hosts_->whole().send(tensors, dst, tag);
-    const uint64_t sequence = ++sequence_;
+    const uint64_t sequence = ++num_messages_;
     Flat flat(tensor);
     if (rings_->try_send(dst, tag, flat.data(), flat.tensor().nbytes(), movable_dtype(tensor))) {
       auto work =
@@ -75,7 +75,7 @@ ProcessGroup::WorkPtr ProcessGroup::launch_recv(Tensors& tensors, int src, int t
     if (hosts_) {
       return src == kAnySource ? hosts_->whole().recvAnysource(tensors, tag) : hosts_->whole().recv(tensors, src, tag);
     }
-    const uint64_t sequence = ++sequence_;
+    const uint64_t sequence = ++num_messages_;
     auto flat = std::make_unique<Flat>(tensor, false);
     int source = kAnySource;
     if (rings_->try_recv(src, tag, flat->data(), flat->tensor().nbytes(), movable_dtype(tensor), &source)) {
