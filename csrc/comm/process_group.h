@@ -100,7 +100,7 @@ class ProcessGroup : public c10d::Backend {
   std::vector<std::vector<int>> partition_;
   std::shared_ptr<Communicator> communicator_;
   std::unique_ptr<Rings> rings_;
-  std::unique_ptr<Hosts> hosts_;  // null: one host
+  std::unique_ptr<Hosts> hosts_;       // null: one host
   std::atomic<uint64_t> sequence_{0};  // of collectives: the same on every rank
   std::atomic<uint64_t> num_messages_{0};
   std::atomic<int64_t> num_monitored_barriers_{0};
