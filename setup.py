@@ -27,7 +27,14 @@ def extensions():
         include_dirs=[str(root / "csrc" / "include"), str(root / "csrc")],
         extra_compile_args=["-O3", "-Wall", "-fvisibility=hidden", "-g0"],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Not the temporary folder of an editable install: ninja compiles only what has changed since the last one.
+            self.build_temp = str(root / "build" / "temp")
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
 setup(**extensions())

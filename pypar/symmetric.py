@@ -28,6 +28,7 @@ def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torc
     if numel == 0 or device.type != "cpu" or not backend.available() or backend_name(group) != "pypar":
         return torch.empty(numel, dtype=dtype, device=device)
     served_by: Any = group._get_backend(torch.device("cpu"))
+    served_by = getattr(served_by, "wrapped_pg", served_by)  # under TORCH_DISTRIBUTED_DEBUG=DETAIL
     if served_by.spans_hosts:  # no memory that all ranks share
         return torch.empty(numel, dtype=dtype, device=device)
     import torch.distributed._symmetric_memory as symm_mem

@@ -109,7 +109,8 @@ class ProcessGroup : public c10d::Backend {
   std::unique_ptr<Rings> rings_;
   std::unique_ptr<Hosts> hosts_;        // null: one host
   std::unique_ptr<Messages> messages_;  // to other hosts
-  std::atomic<uint64_t> sequence_{0};
+  std::atomic<uint64_t> sequence_{0};   // of collectives: the same on every rank
+  std::atomic<uint64_t> num_messages_{0};
   std::atomic<int64_t> num_monitored_barriers_{0};
   std::string registered_name_;
   std::atomic<bool> closed_{false};

@@ -52,7 +52,7 @@ ProcessGroup::WorkPtr ProcessGroup::send(Tensors& tensors, int dst, int tag) {
   return with_python_errors([&]() -> WorkPtr {
     const at::Tensor& tensor = check_message("send", tensors, dst, rank_, size_, tag);
     if (dst == kAnySource) refuse("send: -1 is not a rank");
-    const uint64_t sequence = ++sequence_;
+    const uint64_t sequence = ++num_messages_;
     const int place = place_of(dst);
     Flat flat(tensor);
     if (place >= communicator_->world()) return messages_->send(flat.tensor(), place, tag, sequence, tensors);
@@ -79,7 +79,7 @@ ProcessGroup::WorkPtr ProcessGroup::launch_recv(Tensors& tensors, int src, int t
   const auto type = src == kAnySource ? c10d::OpType::RECVANYSOURCE : c10d::OpType::RECV;
   return with_python_errors([&]() -> WorkPtr {
     const at::Tensor& tensor = check_message("recv", tensors, src, rank_, size_, tag);
-    const uint64_t sequence = ++sequence_;
+    const uint64_t sequence = ++num_messages_;
     const int place = src == kAnySource ? src : place_of(src);
     if (hosts_ && (place == kAnySource || place >= communicator_->world())) messages_->listen();
     auto flat = std::make_unique<Flat>(tensor, false);
