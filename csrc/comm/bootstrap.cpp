@@ -15,7 +15,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "comm/interrupt.h"
+#include "comm/packets.h"
 #include "comm/types.h"
 #include "pypar/signal.h"
 
@@ -23,18 +23,7 @@ namespace pypar {
 
 namespace {
 
-constexpr uint64_t kHelloMagic = 0x7061727079703031ull;
 constexpr size_t kProbeBytes = 4096;
-
-struct Packet {
-  uint64_t magic = kHelloMagic;
-  uint64_t rank = 0;
-  uint64_t value = 0;
-};
-
-std::string errno_text() {
-  return std::strerror(errno);
-}
 
 std::string random_hex() {
   uint64_t words[2];
@@ -42,68 +31,6 @@ std::string random_hex() {
   char text[33];
   snprintf(text, sizeof text, "%016lx%016lx", words[0], words[1]);
   return text;
-}
-
-sockaddr_un abstract_address(const std::string& name, socklen_t& length) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  std::memcpy(address.sun_path + 1, name.data(), name.size());  // a leading zero byte: no name in the file system
-  length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
-  return address;
-}
-
-void send_packet(int socket, const Packet& packet, int fd) {
-  iovec data{const_cast<Packet*>(&packet), sizeof packet};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  if (fd >= 0) {
-    message.msg_control = control;
-    message.msg_controllen = sizeof control;
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(header), &fd, sizeof fd);
-  }
-  while (sendmsg(socket, &message, MSG_NOSIGNAL) < 0) {
-    if (errno != EINTR) throw PeerError("can't hand shared memory to a peer: " + errno_text());
-  }
-}
-
-void wait_readable(int socket, uint64_t until_ns, const std::string& whom) {
-  for (;;) {
-    const uint64_t now = now_ns();
-    if (now >= until_ns) throw PeerError("timed out while connecting to " + whom + "; is it running?");
-    pollfd p{socket, POLLIN, 0};
-    const int ready = poll(&p, 1, static_cast<int>(std::min<uint64_t>((until_ns - now) / 1000000 + 1, 20)));
-    if (ready > 0) return;
-    if (ready < 0 && errno != EINTR) throw PeerError("poll failed: " + errno_text());
-    check_interrupt([&] { return "this rank was interrupted while it connected to " + whom; });
-  }
-}
-
-// Returns the packet and the fd that came with it (-1: none).
-std::pair<Packet, int> receive_packet(int socket, uint64_t until_ns, const std::string& whom) {
-  wait_readable(socket, until_ns, whom);
-  Packet packet;
-  iovec data{&packet, sizeof packet};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  const ssize_t got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
-  if (got != sizeof packet || packet.magic != kHelloMagic) {
-    throw PeerError(whom + (got == 0 ? " died while the ranks connected" : " sent something that isn't pypar's"));
-  }
-  int fd = -1;
-  for (cmsghdr* h = CMSG_FIRSTHDR(&message); h != nullptr; h = CMSG_NXTHDR(&message, h)) {
-    if (h->cmsg_level == SOL_SOCKET && h->cmsg_type == SCM_RIGHTS) std::memcpy(&fd, CMSG_DATA(h), sizeof fd);
-  }
-  return {packet, fd};
 }
 
 struct Address {

@@ -24,6 +24,38 @@ void Rings::report(const Ops& finished) {
   if (!finished.empty()) ring_bell(me_, false);  // another thread of this rank may sleep until one of these is done
 }
 
+void Rings::announce(int src, int64_t tag, size_t bytes, DType dtype, Fetch fetch) {
+  Ops finished;
+  std::shared_ptr<RingOp> op;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stop_ || comm_.aborted()) return;
+    unexpected_.push_back(
+        std::make_unique<Message>(Message{src, tag, dtype, bytes, /*complete=*/true, nullptr, std::move(fetch)}));
+    op = match(src, tag);
+    if (!op) return;
+    take_unexpected(op, finished, fetch);
+  }
+  report(finished);
+  if (fetch) fetch_into(op, fetch);
+}
+
+// Without the lock: it may last. The operation stays pending, so that its memory stays.
+void Rings::fetch_into(const std::shared_ptr<RingOp>& op, const Fetch& fetch) {
+  std::exception_ptr error;
+  try {
+    fetch(op->data);
+  } catch (const PeerError&) {
+    error = std::current_exception();
+  }
+  Ops finished;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    finish(op, error, finished);
+  }
+  report(finished);
+}
+
 bool Rings::progress(Ops& finished) {
   bool moved = false;
   for (int r = 0; r < world_; ++r) {

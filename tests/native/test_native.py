@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 CORE = [
     f"csrc/comm/{f}.cpp"
-    for f in ("bootstrap", "segment", "types", "windows", "communicator", "collectives", "collectives_rooted")
+    for f in (
+        "bootstrap",
+        "packets",
+        "segment",
+        "types",
+        "windows",
+        "communicator",
+        "collectives",
+        "collectives_rooted",
+    )
 ] + [f"csrc/cpu/{f}.cpp" for f in ("reduce", "reduce_plain", "reduce_avx2", "reduce_avx512")]
 RINGS = ["csrc/comm/rings.cpp", "csrc/comm/rings_progress.cpp"]
 COMPILER = shutil.which("g++")
