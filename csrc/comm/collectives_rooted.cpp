@@ -13,6 +13,8 @@ namespace {
 // Where one rank stages and the others read, a chunk must be ready soon: both sides work at once only on different
 // ones.
 constexpr int64_t kRootedChunkBytes = 128 << 10;
+constexpr int64_t kShortChunkBytes = 64 << 10;  // of a broadcast that ends before its chunks fill the caches
+constexpr int64_t kShortBytes = 2 << 20;
 
 }  // namespace
 
@@ -29,7 +31,7 @@ void Communicator::broadcast(void* data, int64_t bytes, int root, Deadline deadl
       if (me != root) std::memcpy(data, call.line(root, round).payload, static_cast<size_t>(bytes));
       return;
     }
-    const int64_t chunk = kRootedChunkBytes;
+    const int64_t chunk = bytes <= kShortBytes ? kShortChunkBytes : kRootedChunkBytes;
     auto part = [&](int64_t c) {
       return static_cast<size_t>(std::min(chunk, bytes - c * chunk));
     };
