@@ -112,12 +112,18 @@ const std::byte* row_of(const at::Tensor& x, int64_t t) {
   return static_cast<const std::byte*>(x.const_data_ptr()) + t * x.stride(0) * x.element_size();
 }
 
-at::Tensor gather(const at::Tensor& x, const std::string& group_name) {
+// x of all ranks, one below the other. Whatever ends the wait says which op it ended.
+at::Tensor gather(const at::Tensor& x, const Task& task) {
   static const auto all_gather =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("pypar::all_gather", "")
           .typed<at::Tensor(const at::Tensor&, c10::string_view, c10::OptionalArrayRef<int64_t>)>();
-  return all_gather.call(x, group_name, std::nullopt);
+  try {
+    return all_gather.call(x, task.group_name, std::nullopt);
+  } catch (const PythonPeerError& error) {
+    throw PeerError(std::string(task.op) + " of " + std::to_string(task.rows) + " rows on rank " +
+                    std::to_string(task.rank) + ": " + error.what());
+  }
 }
 
 struct Sums {
@@ -149,7 +155,7 @@ void add_losses(Sums& sums, T* max_out, T* sum_out, const at::Tensor& logits, co
     if (planes == 4) out[3 * rows + t] = static_cast<T>(s.total);
   }
 
-  const at::Tensor all = gather(mine, task.group_name);
+  const at::Tensor all = gather(mine, task);
   std::vector<const T*> of;
   for (int r = 0; r < task.world; ++r) {
     of.push_back(all.const_data_ptr<T>() + r * all.stride(0));

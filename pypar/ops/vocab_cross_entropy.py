@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from pypar.ops.library import define, name_of
 from pypar.reference.vocab_cross_entropy import (
@@ -86,6 +87,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         return loss, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, target, stats = ctx.saved_tensors
         return torch.ops.pypar.vocab_cross_entropy_dlogits(logits, target, stats, grads[0], *ctx.shared), None, None
@@ -112,6 +114,7 @@ class _LinearVocabCrossEntropy(torch.autograd.Function):
         return loss, count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         dhidden, dweight = ctx.saved_tensors
         dloss = grads[0]
