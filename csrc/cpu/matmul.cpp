@@ -109,9 +109,14 @@ void WeightGrad::add(const at::Tensor& dy, const at::Tensor& x) {
   empty_ = false;
 }
 
-at::Tensor WeightGrad::result() {
+at::Tensor WeightGrad::sum() {
   if (empty_) sum_.zero_();
-  return sum_.to(type_);
+  empty_ = false;
+  return sum_;
+}
+
+at::Tensor WeightGrad::result() {
+  return sum().to(type_);
 }
 
 }  // namespace pypar

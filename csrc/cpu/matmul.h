@@ -56,7 +56,8 @@ class WeightGrad {
  public:
   WeightGrad(int64_t rows, int64_t cols, at::ScalarType type);
   void add(const at::Tensor& dy, const at::Tensor& x);
-  at::Tensor result();
+  at::Tensor sum();     // unrounded
+  at::Tensor result();  // of the type of the factors
 
  private:
   at::Tensor sum_;

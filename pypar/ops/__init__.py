@@ -8,6 +8,7 @@ from pypar.ops.broadcast import broadcast
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
+from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
 
 __all__ = [
     "all_gather",
@@ -15,7 +16,9 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "linear_vocab_cross_entropy",
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "reduce_scatter",
+    "vocab_cross_entropy",
 ]
