@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,12 +31,14 @@ def generate(
     text = list(prompt)[-context:] or [end]
     out: list[int] = []
     cache: Any = None
+    # transformers 5.24 renamed it.
+    name = "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
     while len(out) < num_tokens:
         if cache is None or len(text) > context:
             text, cache = text[-max(1, context // 2) :] if len(text) > context else text, None
         new = torch.tensor([text if cache is None else text[-1:]], device=device)
-        result = module(input_ids=new, past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
+        result = module(input_ids=new, use_cache=True, **{name: cache})
+        cache = result[name]
         odds = torch.softmax(result.logits[0, -1].float().cpu() / temperature, dim=-1)
         token = int(torch.multinomial(odds, 1, generator=generator))
         if token == end:
