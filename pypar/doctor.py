@@ -62,7 +62,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "CUDA", torch.version.cuda or "torch was built without it"
     yield "compiled extension", _extension()
     yield "huge pages for shared memory", _huge_pages()
-    if backend.available():
+    if backend.extension is not None:
         yield "transport", "ranks of one host: shared memory (memfd); between hosts: gloo"
         yield "large copies", backend.extension.copy_method()
     else:

@@ -32,12 +32,15 @@ struct Rank {
   int me = 0, world = 0;
 
   Op post(bool is_send, int peer, int64_t tag, Bytes& bytes) {
+    return post(is_send, peer, tag, reinterpret_cast<std::byte*>(bytes.data()), bytes.size());
+  }
+  Op post(bool is_send, int peer, int64_t tag, std::byte* data, size_t size) {
     auto op = std::make_shared<RingOp>();
     op->is_send = is_send;
     op->peer = peer;
     op->tag = tag;
-    op->data = reinterpret_cast<std::byte*>(bytes.data());
-    op->bytes = bytes.size();
+    op->data = data;
+    op->bytes = size;
     op->dtype = DType::u8;
     op->deadline = Deadline::after(std::chrono::seconds(100));
     rings->post(op);
@@ -134,6 +137,34 @@ void from_any(Rank& rank, int rounds) {
   }
 }
 
+// Out of symmetric memory that is rewritten the moment its send is over; then freed on one rank while it is sent.
+void from_windows(Rank& rank, int rounds) {
+  const int next = (rank.me + 1) % rank.world, previous = (rank.me + rank.world - 1) % rank.world;
+  const auto deadline = Deadline::after(std::chrono::seconds(100));
+  Segment memory = Segment::create(200'000);
+  rank.communicator->rendezvous(memory.fd(), memory.data(), memory.bytes(), deadline);
+  Bytes in(memory.bytes());
+  for (int round = 0; round < rounds; ++round) {
+    std::memset(memory.data(), value(rank.me, next, round), memory.bytes());
+    auto sent = rank.post(true, next, 2500, memory.data(), memory.bytes());
+    EXPECT(rank.recv(previous, 2500, in) == previous);
+    rank.rings->wait(sent);
+    std::memset(memory.data(), 0, memory.bytes());
+    for (unsigned char byte : in) EXPECT(byte == value(previous, rank.me, round));
+  }
+  rank.communicator->barrier(deadline);
+  if (rank.me == 0) {
+    std::memset(memory.data(), 77, memory.bytes());
+    rank.rings->wait(rank.post(true, 1, 2501, memory.data(), memory.bytes()));
+  } else if (rank.me == 1) {
+    rank.communicator->windows().forget(memory.data());
+    EXPECT(rank.recv(0, 2501, in) == 0);
+    EXPECT(in[199'999] == 77);
+  }
+  rank.communicator->barrier(deadline);
+  rank.communicator->windows().forget(memory.data());
+}
+
 void without_waiting(Rank& rank) {
   const int next = (rank.me + 1) % rank.world, previous = (rank.me + rank.world - 1) % rank.world;
   Bytes out(3'000'000, value(rank.me, next, 3)), in(out.size());
@@ -187,6 +218,7 @@ int main(int argc, char** argv) {
       ping_pong(rank, rounds);
       out_of_order(rank);
       from_any(rank, rounds);
+      from_windows(rank, rounds);
       without_waiting(rank);
       endings(rank);
     });

@@ -155,8 +155,9 @@ def test_sanitizer(tmp_path, sanitized, sanitizer, sources, calls):
         ("(head.sequence).exchange(sequence, {strong})", "(head.sequence).store(sequence, {relaxed})"),
         ("(head.sequence).load({strong}) != next", "(head.sequence).load({relaxed}) != next"),
         ("(word).exchange(in.consumed, {strong})", "(word).exchange(in.consumed + 1, {strong})"),
+        ("reached(out.known_consumed, out", "reached(out.known_consumed + 1, out"),
     ],
-    ids=["relaxed publish", "relaxed wait", "a credit too many"],
+    ids=["relaxed publish", "relaxed wait", "a credit too many", "done before it is copied"],
 )
 def test_sanitizer_finds_messages_that_break_a_rule(tmp_path, sanitized, rule, broken):
     orders = {"strong": "std::memory_order_seq_cst", "relaxed": "std::memory_order_relaxed"}
