@@ -78,7 +78,7 @@ def vocab_cross_entropy_dlogits(
     grads = torch.exp(logits.to(stats.dtype) - stats[0][:, None]) / stats[1][:, None]
     wanted = (target[:, None] == torch.arange(own.start, own.stop)).to(stats.dtype)
     grads = (grads - (1 - label_smoothing) * wanted - label_smoothing / max(1, vocabulary)) * dloss
-    return torch.where((target != ignore_index)[:, None], grads, 0).to(logits.dtype)
+    return torch.where((target != ignore_index)[:, None], grads, 0).to(logits.dtype).contiguous()
 
 
 def linear_vocab_cross_entropy(

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ops.collective_cases import name, same_bits
-from ops.matmul_cases import FLOATS, close, matrix, rows_of
+from ops.matmul_cases import FLOATS, matrix, rows_of
+from ops.vocab_cases import IGNORED, SameOnAllRanks, on_all_ranks, own, targets, torch_loss
 
 import pypar
 from pypar import backend
@@ -12,33 +13,8 @@ from pypar.ops import linear_vocab_cross_entropy, vocab_cross_entropy
 from pypar.reference import vocab_cross_entropy as reference
 from pypar.testing import run_ranks
 
-IGNORED = -100
 # (T, V): no rows, a vocabulary smaller than the ranks (empty shards), odd, shards of more than one block of 1024.
 SHAPES = [(0, 7), (1, 1), (1, 3), (2, 17), (19, 101), (5, 4999)]
-
-
-def own(x: torch.Tensor, rank: int, sizes: list[int], dim: int = -1) -> torch.Tensor:
-    return x.split(sizes, dim)[rank]
-
-
-def targets(T: int, V: int, ignore: str = "some") -> torch.Tensor:
-    target = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(T + V))
-    if ignore != "none":
-        target[:: 1 if ignore == "all" else 3] = IGNORED
-    return target
-
-
-def torch_loss(logits: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """What torch says on the logits of the whole vocabulary, in float64."""
-    return torch.nn.functional.cross_entropy(
-        logits.double(), target, reduction="sum", ignore_index=IGNORED, label_smoothing=smoothing
-    )
-
-
-def on_all_ranks(x: torch.Tensor, world: int) -> None:
-    everyone = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(everyone, x)
-    assert all(same_bits(x, other) for other in everyone), "ranks hold different bits"
 
 
 def check_rounded_once(grad: torch.Tensor, exact: torch.Tensor, what: object) -> None:
@@ -54,21 +30,19 @@ def check_values(rank, world):
         for dtype in FLOATS:
             for ignore, smoothing in (("none", 0.0), ("some", 0.0), ("some", 0.1), ("all", 0.0)):
                 what = (T, V, dtype, ignore, smoothing)
-                full = (4 * matrix(T, T, V, dtype)).requires_grad_()
-                target = targets(T, V, ignore)
-                exact = torch_loss(full, target, smoothing)
+                full, target = 4 * matrix(T, T, V, dtype), targets(T, V, ignore)
+                wide = full.double().clone().requires_grad_()
+                exact = torch_loss(wide, target, smoothing)
                 exact.backward()
-                x = own(full.detach(), rank, sizes).clone().requires_grad_()
+                exact_grad = own(wide.grad, rank, sizes)
+                x = own(full, rank, sizes).clone().requires_grad_()
                 args = (target, None, sizes, IGNORED, smoothing)
                 loss, count = vocab_cross_entropy(x, *args)
                 loss.backward()
                 assert count == (target != IGNORED).sum(), what
                 eps = torch.finfo(loss.dtype).eps
                 torch.testing.assert_close(loss.double(), exact, rtol=64 * eps, atol=64 * eps)
-                exact_grad = torch.autograd.grad(
-                    torch_loss(wide := full.detach().double().requires_grad_(), target, smoothing), wide
-                )[0]
-                check_rounded_once(x.grad, own(exact_grad, rank, sizes), what)
+                check_rounded_once(x.grad, exact_grad, what)
                 raw = (x.detach(), target, sizes, IGNORED, smoothing, name())
                 outs, again = (torch.ops.pypar.vocab_cross_entropy(*raw) for _ in range(2))
                 for out, repeated, says in zip(outs, again, reference.vocab_cross_entropy(*raw), strict=True):
@@ -77,9 +51,8 @@ def check_values(rank, world):
                     torch.testing.assert_close(out, says, rtol=64 * eps, atol=64 * eps)
                 dloss = torch.tensor(0.37, dtype=loss.dtype)
                 raw = (x.detach(), target, outs[2], dloss, sizes, IGNORED, smoothing, name())
-                exact = own(exact_grad, rank, sizes) * dloss.double()
-                check_rounded_once(torch.ops.pypar.vocab_cross_entropy_dlogits(*raw), exact, what)
-                check_rounded_once(reference.vocab_cross_entropy_dlogits(*raw), exact, what)
+                for dlogits in (torch.ops.pypar.vocab_cross_entropy_dlogits, reference.vocab_cross_entropy_dlogits):
+                    check_rounded_once(dlogits(*raw), exact_grad * dloss.double(), what)
 
 
 def check_layouts(rank, world):
@@ -124,88 +97,6 @@ def check_extremes(rank, world):
             torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=1e-6, equal_nan=True)
             wanted = own(exact.grad, rank, sizes).to(dtype)
             torch.testing.assert_close(x.grad, wanted, equal_nan=True)
-
-
-def check_linear(rank, world):
-    for T, K, V in ((0, 3, 5), (1, 3, 2), (7, 5, 11), (23, 8, 1500)):
-        sizes = rows_of(V, world)
-        target = targets(T, V)
-        for dtype in FLOATS:
-            hidden, weight = matrix(T, T, K, dtype), matrix(V, V, K, dtype)
-            exact = [t.double().clone().requires_grad_() for t in (hidden, weight)]
-            factor = 0.25
-            (torch_loss(exact[0] @ exact[1].t(), target, 0.1) * factor).backward()
-            for chunk_rows in (1, 4, 1000):
-                x, w = hidden.clone().requires_grad_(), own(weight, rank, sizes, 0).clone().requires_grad_()
-                loss, count = linear_vocab_cross_entropy(x, w, target, None, sizes, IGNORED, 0.1, chunk_rows)
-                (loss * factor).backward()
-                what = (T, K, V, dtype, chunk_rows)
-                assert count == (target != IGNORED).sum() and x.grad.dtype == w.grad.dtype == dtype, what
-                expected = torch_loss(exact[0].detach() @ exact[1].detach().t(), target, 0.1)
-                torch.testing.assert_close(
-                    loss.double(),
-                    expected,
-                    rtol=4 * torch.finfo(dtype).eps,
-                    atol=1e-6,
-                    msg=lambda m, w=what: f"{w} {m}",
-                )
-                close(x.grad, exact[0].grad, V, what)
-                close(w.grad, own(exact[1].grad, rank, sizes, 0), max(T, K), what)
-                on_all_ranks(loss.detach(), world)
-                on_all_ranks(x.grad, world)
-            raw = (hidden, own(weight, rank, sizes, 0), target, sizes, IGNORED, 0.1, 4, True, True, name())
-            outs = torch.ops.pypar.linear_vocab_cross_entropy(*raw)
-            for out, again in zip(outs, torch.ops.pypar.linear_vocab_cross_entropy(*raw), strict=True):
-                assert same_bits(out, again), "runs differ"
-            if dtype == torch.float64:
-                torch.testing.assert_close(outs, reference.linear_vocab_cross_entropy(*raw))
-
-
-def check_linear_needs(rank, world):
-    """What nobody asked for is not made; autocast computes in its dtype and gives gradients of the weight's."""
-    hidden, weight = matrix(1, 9, 4, torch.float32), matrix(2 + rank, 6, 4, torch.float32)
-    target = targets(9, 6 * world)
-
-    def run(needs_hidden: bool, needs_weight: bool):
-        x, w = hidden.clone().requires_grad_(needs_hidden), weight.clone().requires_grad_(needs_weight)
-        loss, _ = linear_vocab_cross_entropy(x, w, target, chunk_rows=2)
-        if loss.requires_grad:
-            loss.backward()
-        return loss, x.grad, w.grad
-
-    loss, dx, dw = run(True, True)
-    _, only_dx, none = run(True, False)
-    assert none is None and same_bits(dx, only_dx)
-    _, none, only_dw = run(False, True)
-    assert none is None and same_bits(dw, only_dw)
-    with torch.no_grad():
-        quiet, *_ = run(True, True)
-    assert not quiet.requires_grad and same_bits(loss.detach(), quiet)
-    shapes = [
-        t.shape
-        for t in torch.ops.pypar.linear_vocab_cross_entropy(
-            hidden, weight, target, None, IGNORED, 0.0, 2, False, False, name()
-        )[2:]
-    ]
-    assert shapes == [(0, 4), (0, 4)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half, half_dx, half_dw = run(True, True)
-    assert half.dtype == half_dx.dtype == half_dw.dtype == torch.float32
-    assert not same_bits(half_dx, dx)
-    torch.testing.assert_close(half_dx, dx, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(half_dw, dw, rtol=0.05, atol=0.05)
-
-
-class SameOnAllRanks(torch.autograd.Function):
-    """A tensor of which every rank uses a part: its gradient is the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return torch.ops.pypar.all_reduce(dx, "sum", name())
 
 
 def check_gradcheck(rank, world):
@@ -285,8 +176,6 @@ def check(rank, world):
     check_values(rank, world)
     check_layouts(rank, world)
     check_extremes(rank, world)
-    check_linear(rank, world)
-    check_linear_needs(rank, world)
     check_errors(rank, world)
 
 
