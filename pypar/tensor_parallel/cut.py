@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,13 +63,18 @@ class Cut:
     def copied(self, rank: int) -> tuple[list[int], list[int], int]:
         """Of the indices that several ranks hold: where they lie in rank's part, where in the list of all such, and
         how many such there are."""
-        holders = [0] * self.full
-        for other in range(self.world_size):
-            for i in self.indices(other):
-                holders[i] += 1
-        number = {i: n for n, i in enumerate(i for i, count in enumerate(holders) if count > 1)}
-        here = [(at, number[i]) for at, i in enumerate(self.indices(rank)) if i in number]
-        return [at for at, _ in here], [n for _, n in here], len(number)
+        return _copied(self, rank)
+
+
+@functools.cache  # asked for in every backward
+def _copied(cut: Cut, rank: int) -> tuple[list[int], list[int], int]:
+    holders = [0] * cut.full
+    for other in range(cut.world_size):
+        for i in cut.indices(other):
+            holders[i] += 1
+    number = {i: n for n, i in enumerate(i for i, count in enumerate(holders) if count > 1)}
+    here = [(at, number[i]) for at, i in enumerate(cut.indices(rank)) if i in number]
+    return [at for at, _ in here], [n for _, n in here], len(number)
 
 
 def split_evenly(count: int, parts: int) -> list[Range]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pypar.tensor_parallel.cut import Cut, even_cut
 from pypar.tensor_parallel.exchange import reduce_out
-from pypar.tensor_parallel.shards import Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
 
 
 class _VocabParallel(nn.Embedding):
@@ -75,7 +74,7 @@ class VocabParallelEmbedding(_VocabParallel):
     def __init__(
         self,
         *args: Any,
-        group: dist.ProcessGroup | str | None = None,
+        group: Group | Place = None,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
         **kwargs: Any,
@@ -88,7 +87,7 @@ class VocabParallelEmbedding(_VocabParallel):
     def from_embedding(
         cls,
         embedding: nn.Embedding,
-        group: dist.ProcessGroup | str | None = None,
+        group: Group | Place = None,
         *,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
@@ -97,7 +96,7 @@ class VocabParallelEmbedding(_VocabParallel):
         """This rank's part of a full embedding; of a subclass with a forward of its own, a subclass of that."""
         if not isinstance(embedding, nn.Embedding) or isinstance(embedding, _VocabParallel):
             raise ValueError(f"{cls.__name__} takes an nn.Embedding that isn't cut yet, got {embedding}")
-        kind: Any = cls if type(embedding) is nn.Embedding else _parallel_class(type(embedding))
+        kind: Any = cls if type(embedding) is nn.Embedding else _parallel_class(type(embedding))  # type: ignore[arg-type]
         self = kind.__new__(kind)
         self.__dict__.update(embedding.__dict__)
         for name in ("_parameters", "_buffers", "_modules"):  # not shared with the full embedding

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from pypar import ops
 from pypar.tensor_parallel.cut import Cut, even_cut
 from pypar.tensor_parallel.exchange import SharedInput, copy_in, gather_last, split_last, sum_copies
-from pypar.tensor_parallel.shards import Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -44,7 +43,7 @@ class _ParallelLinear(nn.Linear):
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
-        group: dist.ProcessGroup | str | None = None,
+        group: Group | Place = None,
         *,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
@@ -109,8 +108,8 @@ class ColumnParallelLinear(_ParallelLinear):
     unit, sizes             how out_features are cut: whole units, as equal as they go (some ranks may hold none), or
                             the sizes per rank
     gather_output           y of all ranks, joined, on every rank; else y is [..., sizes[rank]]
-    Backward                dx = all_reduce(dy_r @ w_r): by each layer that stands alone, once for all layers of a parent
-                            that read the same tensor where pypar.tensor_parallel cut them; dw, db are local
+    Backward                dx = all_reduce(dy_r @ w_r): by each layer that stands alone, once for those of one parent
+                            that read the same tensor, where pypar.tensor_parallel cut them; dw, db are local
     State dict              this rank's shard; load_state_dict takes the full tensors or the shard
     """
 
@@ -123,7 +122,7 @@ class ColumnParallelLinear(_ParallelLinear):
     def from_linear(
         cls,
         linear: nn.Module,
-        group: dist.ProcessGroup | str | None = None,
+        group: Group | Place = None,
         *,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
@@ -145,7 +144,8 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         group_name, rank = self.place.group_name, self.place.rank
         x = self.shared_input(input) if self.shared_input is not None else copy_in(input, group_name)
-        weight, bias = self._linear_weight(), self.bias
+        weight: torch.Tensor = self._linear_weight()
+        bias: torch.Tensor | None = self.bias
         if self.cut.has_copies():
             weight = sum_copies(weight, self.cut, 0, rank, group_name)
             bias = sum_copies(bias, self.cut, 0, rank, group_name) if bias is not None else None
@@ -173,7 +173,7 @@ class RowParallelLinear(_ParallelLinear):
     def from_linear(
         cls,
         linear: nn.Module,
-        group: dist.ProcessGroup | str | None = None,
+        group: Group | Place = None,
         *,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
@@ -196,7 +196,8 @@ class RowParallelLinear(_ParallelLinear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         group_name, rank = self.place.group_name, self.place.rank
         x = split_last(input, self.cut, rank, group_name) if self.split_input else input
-        weight, bias = self._linear_weight(), self.bias
+        weight: torch.Tensor = self._linear_weight()
+        bias: torch.Tensor | None = self.bias
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"rank {rank}: the input's last dim is {x.shape[-1]}, but this rank holds {weight.shape[1]} of the "

@@ -15,14 +15,12 @@ from pypar.tensor_parallel.exchange import SharedInput
 from pypar.tensor_parallel.foreign import sum_parts, use_shared_parameters
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.plan import choose, log, resolve
-from pypar.tensor_parallel.shards import Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
 from pypar.tensor_parallel.styles import Style
 from pypar.tensor_parallel.targets import Target, targets_of
 
 
-def tensor_parallel(
-    module: nn.Module, group: dist.ProcessGroup | str | None = None, plan: str | dict[str, Any] = "auto"
-) -> nn.Module:
+def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str, Any] = "auto") -> nn.Module:
     """Cuts `module` in place so that the ranks of `group` hold and compute a part each; returns it.
 
     module   the full model, the same on every rank
@@ -53,9 +51,7 @@ def tensor_parallel(
     for name, its in heads.items():
         its.fix_counts(module.get_submodule(name), place.rank)
     _tie(module, tied)
-    for parent in {t.parent for t in targets if t.style.kind in ("column", "column_qkv") and t.dim is None}:
-        owner = module.get_submodule(parent)
-        _share_input(owner, place)
+    _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
     return module
 
 
@@ -78,23 +74,36 @@ def _apply(root: nn.Module, target: Target, place: Place, made: dict[int, nn.Mod
             pass
         elif kind == "vocab":
             assert isinstance(old, nn.Embedding)
-            new = VocabParallelEmbedding.from_embedding(old, place, cut=cut)  # type: ignore[arg-type]
+            new = VocabParallelEmbedding.from_embedding(old, place, cut=cut)
         elif kind == "row":
-            new = RowParallelLinear.from_linear(old, place, cut=cut, split_input=target.style.full_side)  # type: ignore[arg-type]
+            new = RowParallelLinear.from_linear(old, place, cut=cut, split_input=target.style.full_side)
         else:
-            new = ColumnParallelLinear.from_linear(old, place, cut=cut, gather_output=target.style.full_side)  # type: ignore[arg-type]
+            new = ColumnParallelLinear.from_linear(old, place, cut=cut, gather_output=target.style.full_side)
         made[id(old)] = new
         made[id(new)] = new
         setattr(parent, target.leaf, new)
 
 
-def _share_input(parent: nn.Module, place: Place) -> None:
-    columns = [c for c in parent.children() if isinstance(c, ColumnParallelLinear)]
-    if len(columns) > 1:
-        shared = SharedInput(place.group_name)
-        shared.attach(parent)
-        for column in columns:
-            column.shared_input = shared
+def _share_inputs(root: nn.Module, columns: list[str], place: Place) -> None:
+    """The column layers that one module's forward calls copy the tensor that they read once.
+
+    That module is the nearest one above with a forward: a ModuleList or ModuleDict has none, and nothing would clear
+    what they share.
+    """
+    callers: dict[nn.Module, list[ColumnParallelLinear]] = {}
+    for name in columns:
+        above = name.rpartition(".")[0]
+        while above and isinstance(root.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+            above = above.rpartition(".")[0]
+        layer = root.get_submodule(name)
+        assert isinstance(layer, ColumnParallelLinear)
+        callers.setdefault(root.get_submodule(above), []).append(layer)
+    for caller, layers in callers.items():
+        if len(layers) > 1:
+            shared = SharedInput(place.group_name)
+            shared.attach(caller)
+            for layer in layers:
+                layer.shared_input = shared
 
 
 def _owners(module: nn.Module) -> list[list[tuple[str, str]]]:

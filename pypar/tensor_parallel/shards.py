@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from pypar.ops.library import name_of
 from pypar.tensor_parallel.cut import Cut
 
+Group = dist.ProcessGroup | DeviceMesh | str | None
 _ATTRIBUTE = "_pypar_shards"
 
 
@@ -25,11 +27,13 @@ class Place:
     world_size: int
 
 
-def place_of(group: dist.ProcessGroup | str | Any | None) -> Place:
+def place_of(group: Group | Place) -> Place:
     """group: a process group, its name, a DeviceMesh of one dim, or None for the world."""
     if isinstance(group, Place):
         return group
-    name = name_of(group.get_group() if hasattr(group, "get_group") else group)
+    if isinstance(group, DeviceMesh):
+        group = group.get_group()
+    name = name_of(group)
     process_group = _resolve_process_group(dist.GroupName(name))
     return Place(name, process_group.rank(), process_group.size())
 

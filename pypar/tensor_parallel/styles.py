@@ -59,18 +59,18 @@ def _from_torch(given: ParallelStyle, pattern: str) -> Style:
         return getattr(given, name)[0]
 
     def refuse(why: str) -> ValueError:
-        return ValueError(f"plan['{pattern}'] is {type(given).__name__} {why}")
+        return ValueError(f"plan['{pattern}'] is {type(given).__name__}{why}")
 
     if type(given) not in (ColwiseParallel, RowwiseParallel):
         raise refuse("; pypar.tensor_parallel takes ColwiseParallel and RowwiseParallel (sequence parallel later)")
     if not given.use_local_output:  # type: ignore[attr-defined]
-        raise refuse("with use_local_output=False; activations are plain tensors here: use True")
+        raise refuse(" with use_local_output=False; activations are plain tensors here: use True")
     source, target = layout("input_layouts"), layout("output_layouts")
     full, last = Replicate(), Shard(-1)
     if isinstance(given, ColwiseParallel):
         if source == full and target in (last, full):
             return Style("column", full_side=target == full)
-        raise refuse(f"from {source} to {target}; it takes Replicate() to Shard(-1) or Replicate()")
+        raise refuse(f" from {source!r} to {target!r}; it takes Replicate() to Shard(-1) or Replicate()")
     if source in (last, full) and target == full:
         return Style("row", full_side=source == full)
-    raise refuse(f"from {source} to {target}; it takes Shard(-1) or Replicate() to Replicate()")
+    raise refuse(f" from {source!r} to {target!r}; it takes Shard(-1) or Replicate() to Replicate()")

@@ -73,6 +73,8 @@ def _heads(parent: nn.Module, name: str, named: dict[str, Style], place: Place) 
         return None
     children = dict(parent.named_children())
     heads = heads_of(parent, children, place.world_size, name or type(parent).__name__)
+    if heads is not None:
+        _check_output(name, children, named, heads)
     if heads is not None and cut & {*QUERY, *KEY, *VALUE}:
         left_out = [n for n in (*QUERY, *KEY, *VALUE) if n in children and n not in cut]
         if left_out:
@@ -81,6 +83,17 @@ def _heads(parent: nn.Module, name: str, named: dict[str, Style], place: Place) 
                 "of one attention are cut together ('colwise')"
             )
     return heads
+
+
+def _check_output(name: str, children: dict[str, nn.Module], named: dict[str, Style], heads: Heads) -> None:
+    """What reads the heads in this same module must read as many features as they make."""
+    rows = {n: linear_shape(children[n]) for n, s in named.items() if s.kind == "row" and n in children}
+    width = heads.num * heads.head_dim
+    if rows and not any(shape is not None and shape[1] == width for shape in rows.values()):
+        raise ValueError(
+            f"{name}: {heads.num} query heads of {heads.head_dim} make {width} features, which none of "
+            f"{', '.join(rows)} reads; name the projections 'colwise_gather_output' and 'rowwise_split_input'"
+        )
 
 
 def _module_target(name: str, module: nn.Module, style: Style, heads: Heads | None, place: Place) -> Target:
@@ -116,6 +129,9 @@ def _module_target(name: str, module: nn.Module, style: Style, heads: Heads | No
             )
         if leaf in FUSED_GROUPS:
             return Target(name, style, heads.groups_cut())
+        if shape[0] in (heads.num * heads.head_dim, heads.num):  # gates and the like: one or a head of them per head
+            width = shape[0] // heads.num
+            return Target(name, style, Cut(shape[0], tuple(((a * width, b * width),) for a, b in heads.q)))
     if kind == "column_qkv":
         raise ValueError(f"{name}: 'colwise_qkv' needs an attention module whose heads are known; {module} is in none")
     return Target(name, style, _features(shape[0], style, place, f"{name}.out_features"))
