@@ -130,6 +130,9 @@ class SharedInput:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad or not torch.is_grad_enabled():
             return x
-        if self.copy is None or self.x is not x or self.version != x._version:
-            self.x, self.version, self.copy = x, x._version, copy_in(x, self.group_name)
+        # Written to since the last layer read it: another tensor. (In a compiled graph versions can't be asked for;
+        # there, as in eager mode, writing to what a layer has saved for its backward is an error of its own.)
+        version = 0 if torch.compiler.is_compiling() else x._version
+        if self.copy is None or self.x is not x or self.version != version:
+            self.x, self.version, self.copy = x, version, copy_in(x, self.group_name)
         return self.copy

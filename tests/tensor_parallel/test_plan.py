@@ -189,11 +189,23 @@ def check_log(rank, world):
     assert "plan by names and shapes" in records[0] and "'layers.1.attention.wo': 'row'" in records[0]
 
 
+def check_compile(rank, world):
+    """One graph, and the same numbers."""
+    model = pypar.tensor_parallel(Model(num_kv_heads=2 if world == 2 else 1), plan={**NAMES, **HEAD})
+    y = run(model)
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = run(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(compiled, y)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads)
+
+
 def check(rank, world):
     check_plans(rank, world)
     check_traffic(rank, world)
     check_errors(rank, world)
     check_log(rank, world)
+    check_compile(rank, world)
 
 
 @pytest.mark.parametrize("world", [2, 3])
