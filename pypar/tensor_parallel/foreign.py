@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
 from pypar.tensor_parallel.exchange import copy_in, reduce_out, sum_copies
+from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.shards import Place, shards_of
 
 
@@ -64,3 +66,27 @@ def sum_parts(module: nn.Module, place: Place, full_input: bool) -> None:
     if full_input:
         module.register_forward_pre_hook(hooks.enter, with_kwargs=True)
     module.register_forward_hook(hooks.leave)
+
+
+class _CutAlibi:
+    def __init__(self, heads: Heads, rank: int):
+        self.heads, self.rank = heads, rank
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        num, (start, stop) = self.heads.num, self.heads.q[self.rank]
+
+        def mine(given: Any) -> Any:
+            if not isinstance(given, torch.Tensor):
+                return given
+            if given.dim() == 3 and given.shape[0] % num == 0 and given.shape[1] == 1:  # [batch * heads, 1, keys]
+                return given.unflatten(0, (-1, num))[:, start:stop].flatten(0, 1)
+            return given[:, start:stop].contiguous() if given.shape[1] == num else given  # [batch, heads or 1, ...]
+
+        names = [n for n in ("alibi", "attention_mask") if n in kwargs]  # Falcon's mask has the slopes in it
+        return args, {**kwargs, **{n: mine(kwargs[n]) for n in names}}
+
+
+def cut_alibi(attention: nn.Module, heads: Heads, rank: int) -> None:
+    """Attention that is handed the slopes of all heads (Falcon, Bloom) sees those of this rank's."""
+    if "alibi" in inspect.signature(type(attention).forward).parameters:
+        attention.register_forward_pre_hook(_CutAlibi(heads, rank), with_kwargs=True)

@@ -27,6 +27,21 @@ _NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head
 _NUM_GROUPS = ("num_key_value_groups", "n_rep")
 
 
+class _LocalCounts:
+    """A config with head counts of its own; everything else is read from, and written to, the model's."""
+
+    def __init__(self, config: Any, counts: dict[str, int]):
+        self.__dict__.update(counts, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_config":  # asked for while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
 @dataclass(frozen=True)
 class Heads:
     """of one attention module. q[r], kv[r]: the query heads, and the key and value heads, of rank r."""
@@ -76,6 +91,13 @@ class Heads:
         for name, (full, local) in new.items():
             if attention.__dict__.get(name) == full:
                 setattr(attention, name, local)
+        config = getattr(attention, "config", None)
+        if any(hasattr(attention, n) for n in FUSED_BLOCKS) and not isinstance(config, _LocalCounts):
+            # It splits the fused output by counts, which may be those of the config (Phi-3).
+            known = (*_NUM_HEADS, *_NUM_KV_HEADS)
+            counts = {n: new[n][1] for n in known if n in new and getattr(config, n, None) == new[n][0]}
+            if counts:
+                attention.config = _LocalCounts(config, counts)  # type: ignore[assignment]
 
 
 def share_heads(num: int, num_kv: int, head_dim: int, world_size: int, where: str) -> Heads:
@@ -124,8 +146,4 @@ def heads_of(attention: nn.Module, children: dict[str, nn.Module], world_size: i
             raise ValueError(f"{where}: {fused[0]} features aren't {num} query heads of {head_dim} and as many k as v")
     else:
         return None
-    if getattr(config, "alibi", False) is True:
-        raise ValueError(
-            f"{where} uses alibi, whose slopes belong to all heads; tensor parallel takes rotary attention"
-        )
     return share_heads(num, num_kv, head_dim, world_size, where)

@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.exchange import SharedInput
-from pypar.tensor_parallel.foreign import sum_parts, use_shared_parameters
+from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.plan import choose, log, resolve
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
@@ -50,6 +50,7 @@ def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str
         _apply(module, target, place, made)
     for name, its in heads.items():
         its.fix_counts(module.get_submodule(name), place.rank)
+        cut_alibi(module.get_submodule(name), its, place.rank)
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
     return module
