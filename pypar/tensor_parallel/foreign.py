@@ -83,7 +83,7 @@ class _CutAlibi:
             return given[:, start:stop].contiguous() if given.shape[1] == num else given  # [batch, heads or 1, ...]
 
         names = [n for n in ("alibi", "attention_mask") if n in kwargs]  # Falcon's mask has the slopes in it
-        return args, {**kwargs, **{n: mine(kwargs[n]) for n in names}}
+        return args, kwargs | {n: mine(kwargs[n]) for n in names}
 
 
 def cut_alibi(attention: nn.Module, heads: Heads, rank: int) -> None:
