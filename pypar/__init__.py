@@ -4,6 +4,21 @@ from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
 from pypar.mesh import init
+from pypar.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    tensor_parallel,
+)
 
 __version__ = "0.1.0"
-__all__ = ["DataParallel", "PeerError", "init", "ops"]
+__all__ = [
+    "ColumnParallelLinear",
+    "DataParallel",
+    "PeerError",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "init",
+    "ops",
+    "tensor_parallel",
+]

@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "pypar.backend",
     },
     "pypar.data_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.data_parallel"},
+    "pypar.tensor_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.tensor_parallel"},
 }
 METHOD_ROOMS = ["data_parallel", "model_parallel", "pipeline_parallel", "tensor_parallel", "zero"]
 

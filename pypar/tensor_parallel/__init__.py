@@ -1,0 +1,15 @@
+"""Tensor parallel: the ranks of a group hold a part of each large weight and compute a part of each layer."""
+
+from pypar.tensor_parallel.embedding import VocabParallelEmbedding
+from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.parallelize import tensor_parallel
+from pypar.tensor_parallel.state import gather_full_grads, gather_full_state
+
+__all__ = [
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "gather_full_grads",
+    "gather_full_state",
+    "tensor_parallel",
+]
