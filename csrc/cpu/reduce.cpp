@@ -88,7 +88,7 @@ void reduce_rows(void* dst, const void* const* srcs, int num_srcs, int64_t count
 namespace {
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) void copy_avx2(std::byte* dst, const std::byte* src, size_t bytes) {
+[[maybe_unused]] __attribute__((target("avx2"))) void copy_avx2(std::byte* dst, const std::byte* src, size_t bytes) {
   using Vector = char __attribute__((vector_size(32), aligned(1), may_alias));
   size_t i = 0;
   for (; i + 128 <= bytes; i += 128) {
@@ -100,12 +100,12 @@ __attribute__((target("avx2"))) void copy_avx2(std::byte* dst, const std::byte* 
   if (i < bytes) std::memcpy(dst + i, src + i, bytes - i);
 }
 
-void copy_movsb(std::byte* dst, const std::byte* src, size_t bytes) {
+[[maybe_unused]] void copy_movsb(std::byte* dst, const std::byte* src, size_t bytes) {
   asm volatile("rep movsb" : "+D"(dst), "+S"(src), "+c"(bytes) : : "memory");
 }
 #endif
 
-void copy_libc(std::byte* dst, const std::byte* src, size_t bytes) {
+[[maybe_unused]] void copy_libc(std::byte* dst, const std::byte* src, size_t bytes) {
   std::memcpy(dst, src, bytes);
 }
 

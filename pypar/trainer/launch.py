@@ -88,7 +88,9 @@ def _cause(failures: dict[int, Any]) -> TrainError:
     def order(rank: int) -> tuple[int, int, int]:
         failure = failures[rank]
         info = failure.message.get("extraInfo", {}) if isinstance(failure.message, dict) else {}
-        kind = 0 if info.get("expected") else 1 if failure.exitcode < 0 else 2
+        # SIGTERM is also how the agent ends the others, and its clock counts whole seconds.
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        kind = 0 if info.get("expected") else 1 if killed else 2
         return kind, failure.timestamp, rank
 
     rank = min(failures, key=order)

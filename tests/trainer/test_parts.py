@@ -3,13 +3,15 @@
 import itertools
 import json
 import random
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from pypar.cli import main as pypar_main
-from pypar.trainer import args, model, rng
+from pypar.trainer import args, launch, model, rng
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError
 from pypar.trainer.optimizer import learning_rate, make_optimizer
@@ -109,3 +111,12 @@ def test_command_line_of_pypar(capsys):
     with pytest.raises(SystemExit):
         pypar_main(["trian"])
     assert "no subcommand 'trian'" in capsys.readouterr().err
+
+
+def test_the_rank_that_was_killed_is_named_not_those_that_were_ended_for_it():
+    def failure(number: signal.Signals) -> SimpleNamespace:
+        return SimpleNamespace(message="", exitcode=-number, timestamp=5, signal_name=lambda: number.name)
+
+    failures = {0: failure(signal.SIGTERM), 1: failure(signal.SIGKILL), 2: failure(signal.SIGTERM)}
+    assert "rank 1 was killed by SIGKILL" in str(launch._cause(failures))
+    assert "rank 0 was killed by SIGTERM" in str(launch._cause({0: failures[0]}))
