@@ -200,6 +200,8 @@ def check_async(rank: int, world: int) -> None:
     tensors = [torch.full((i * 5000 + 1,), float(rank)) for i in range(8)]
     works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
     dist.barrier()
+    for work in works:
+        work.wait()
     assert all(work.is_completed() for work in works)
     for tensor in tensors:
         assert (tensor == sum(range(world))).all()

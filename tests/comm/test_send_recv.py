@@ -79,7 +79,8 @@ def check_tags(rank: int, world: int) -> None:
 
 
 def check_any_source(rank: int, world: int) -> None:
-    for tag, size in enumerate((4, 400_000)):  # a rank may be at the second size while another is at the first
+    # Tags of their own: a rank may be at the second size, or at the next check, while another is at the first.
+    for tag, size in ((20, 4), (21, 400_000)):
         if rank == 0:
             counts = [0] * world
             for _ in range(20 * (world - 1)):
