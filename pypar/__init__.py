@@ -7,6 +7,7 @@ from pypar.mesh import init
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelCrossEntropy,
     VocabParallelEmbedding,
     tensor_parallel,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "DataParallel",
     "PeerError",
     "RowParallelLinear",
+    "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "init",
     "ops",

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of
+from pypar.ops.library import autocast, define, name_of
 from pypar.reference.all_gather_matmul import all_gather_matmul as reference
 from pypar.reference.collectives import from_all_ranks, size_of
 
@@ -114,11 +114,13 @@ def all_gather_matmul(
     Saves          x (the shard alone), w_i
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       a plain matmul per block of rows; dw adds the blocks, own rank first, in float32
+    Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: ranks that disagree on M or K, a rank
                    that died or did not answer within the group's timeout
     Source         Wang et al., Overlap Communication with Dependent Computation (2023); the in-place read is possible
                    because the ranks of one host share memory
     """
     bias_list = list(biases) if biases is not None else [None] * len(weights)
-    ys = _AllGatherMatmul.apply(x, name_of(group), splits, len(weights), *weights, *bias_list)
+    x, *operands = autocast(x, x, *weights, *bias_list)
+    ys = _AllGatherMatmul.apply(x, name_of(group), splits, len(weights), *operands)
     return list(ys)

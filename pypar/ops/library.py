@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,3 +31,12 @@ def name_of(group: dist.ProcessGroup | str | None) -> str:
     if group is None:
         raise RuntimeError("no process group: call pypar.init() (or torch.distributed.init_process_group) first")
     return group.group_name
+
+
+def autocast(like: torch.Tensor, *tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors as torch's own matmuls cast them, where autocast is on for the device of `like`."""
+    device = like.device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None else None for t in tensors]

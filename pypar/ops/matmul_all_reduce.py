@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of
+from pypar.ops.library import autocast, define, name_of
 from pypar.reference.matmul_all_reduce import matmul_all_reduce as reference
 
 define(
@@ -61,7 +61,9 @@ def matmul_all_reduce(
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
                    same bits on every rank and in every run
+    Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
     Source         Shoeybi et al., Megatron-LM (2019), the row-parallel layer
     """
+    x, w, bias, residual = autocast(x, x, w, bias, residual)
     return _MatmulAllReduce.apply(x, w, bias, residual, name_of(group))

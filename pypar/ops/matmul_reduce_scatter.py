@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.ops.library import define, name_of
+from pypar.ops.library import autocast, define, name_of
 from pypar.reference.collectives import group_of, rows_per_rank, size_of
 from pypar.reference.matmul_reduce_scatter import matmul_reduce_scatter as reference
 
@@ -82,7 +82,9 @@ def matmul_reduce_scatter(
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
                    same bits in every run
+    Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
     Source         as all_gather_matmul
     """
+    x, w, bias, residual = autocast(x, x, w, bias, residual)
     return _MatmulReduceScatter.apply(x, w, bias, residual, splits, name_of(group))

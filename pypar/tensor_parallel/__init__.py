@@ -2,12 +2,14 @@
 
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.loss import VocabParallelCrossEntropy
 from pypar.tensor_parallel.parallelize import tensor_parallel
 from pypar.tensor_parallel.state import gather_full_grads, gather_full_state
 
 __all__ = [
     "ColumnParallelLinear",
     "RowParallelLinear",
+    "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "gather_full_grads",
     "gather_full_state",

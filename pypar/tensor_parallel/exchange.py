@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from pypar.tensor_parallel.cut import Cut
 
@@ -105,34 +104,3 @@ def sum_copies(w: torch.Tensor, cut: Cut, dim: int, rank: int, group_name: str) 
     if not cut.has_copies() or not w.requires_grad or not torch.is_grad_enabled():
         return w
     return _SumCopies.apply(w, cut, dim, rank, group_name)
-
-
-class SharedInput:
-    """One copy_in, so one all_reduce of dx, for all column layers of one parent module that read the same tensor.
-
-    The layers ask by identity of the tensor, so the result is right whatever the parent does; a layer that reads
-    another tensor, or that is called by itself, gets its own. Cleared before and after each forward of the parent.
-    """
-
-    def __init__(self, group_name: str):
-        self.group_name = group_name
-        self.clear()
-
-    def clear(self, *_: Any) -> None:
-        self.x: torch.Tensor | None = None
-        self.copy: torch.Tensor | None = None
-        self.version = 0
-
-    def attach(self, parent: nn.Module) -> None:
-        parent.register_forward_pre_hook(self.clear)
-        parent.register_forward_hook(self.clear)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.requires_grad or not torch.is_grad_enabled():
-            return x
-        # Written to since the last layer read it: another tensor. (In a compiled graph versions can't be asked for;
-        # there, as in eager mode, writing to what a layer has saved for its backward is an error of its own.)
-        version = 0 if torch.compiler.is_compiling() else x._version
-        if self.copy is None or self.x is not x or self.version != version:
-            self.x, self.version, self.copy = x, version, copy_in(x, self.group_name)
-        return self.copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,30 +14,40 @@ from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.shards import Place, shards_of
 
 
-class _SharedParameters:
+def put_parameters(module: nn.Module, names: Iterable[str], seen: dict[int, torch.Tensor]) -> None:
     """During a forward, the module finds its parameters behind a function that sums their gradients over ranks.
 
     Not a hook on the parameter: that one would be lost when the parameter is replaced, frozen or copied.
     """
+    for name in names:
+        stand_in = seen.get(id(module._parameters[name]))
+        if stand_in is not None:
+            module.__dict__[name] = stand_in  # found before nn.Module looks into _parameters
 
+
+def drop_parameters(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        module.__dict__.pop(name, None)
+
+
+class _SharedParameters:
     def __init__(self, place: Place):
         self.place = place
 
     def put(self, module: nn.Module, _args: Any) -> None:
-        shards, group_name = shards_of(module), self.place.group_name
+        shards, group_name, seen = shards_of(module), self.place.group_name, {}
         for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if name in shards:
-                shard = shards[name]
-                seen = sum_copies(parameter, shard.cut, shard.dim, self.place.rank, group_name)
-            else:
-                seen = copy_in(parameter, group_name)
-            module.__dict__[name] = seen  # found before nn.Module looks into _parameters
+            if parameter is not None:
+                shard = shards.get(name)
+                seen[id(parameter)] = (
+                    sum_copies(parameter, shard.cut, shard.dim, self.place.rank, group_name)
+                    if shard
+                    else copy_in(parameter, group_name)
+                )
+        put_parameters(module, module._parameters, seen)
 
     def drop(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        for name in module._parameters:
-            module.__dict__.pop(name, None)
+        drop_parameters(module, module._parameters)
 
 
 def use_shared_parameters(module: nn.Module, place: Place) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,13 @@ from torch import nn
 
 from pypar import ops
 from pypar.tensor_parallel.cut import Cut, even_cut
-from pypar.tensor_parallel.exchange import SharedInput, copy_in, gather_last, split_last, sum_copies
+from pypar.tensor_parallel.exchange import copy_in, gather_last, split_last, sum_copies
+from pypar.tensor_parallel.rows import GatheredRows
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
+
+if TYPE_CHECKING:
+    from pypar.tensor_parallel.sequence import RowsInForce
+    from pypar.tensor_parallel.shared import SharedInput
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -35,6 +40,7 @@ class _ParallelLinear(nn.Linear):
     transposed = False
     cut: Cut
     place: Place
+    force: RowsInForce | None = None  # set by sequence parallel
 
     def __init__(
         self,
@@ -113,10 +119,12 @@ class ColumnParallelLinear(_ParallelLinear):
     State dict              this rank's shard; load_state_dict takes the full tensors or the shard
     """
 
+    shared_input: SharedInput | None = None  # of the column layers of one parent
+    reads_rows = False  # with sequence parallel: this layer itself is handed a rank's rows
+
     def __init__(self, *args: Any, gather_output: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.gather_output = gather_output
-        self.shared_input: SharedInput | None = None
 
     @classmethod
     def from_linear(
@@ -130,8 +138,7 @@ class ColumnParallelLinear(_ParallelLinear):
         gather_output: bool = False,
     ) -> Self:
         """This rank's part of a full layer. cut: for parts that aren't one range, instead of unit or sizes."""
-        attributes = {"gather_output": gather_output, "shared_input": None}
-        return cls._from(linear, place_of(group), unit, sizes, cut, **attributes)
+        return cls._from(linear, place_of(group), unit, sizes, cut, gather_output=gather_output)
 
     def _cut_features(self) -> tuple[int, str]:
         return self.out_features, "out_features"
@@ -141,15 +148,26 @@ class ColumnParallelLinear(_ParallelLinear):
         cut_parameter(self, "weight", Shard(self._weight_dim, self.cut, self.place))
         cut_parameter(self, "bias", Shard(0, self.cut, self.place))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """weight [N_r, K] and bias as a matmul takes them; the gradients of copies are summed over their holders."""
         group_name, rank = self.place.group_name, self.place.rank
-        x = self.shared_input(input) if self.shared_input is not None else copy_in(input, group_name)
         weight: torch.Tensor = self._linear_weight()
         bias: torch.Tensor | None = self.bias
         if self.cut.has_copies():
             weight = sum_copies(weight, self.cut, 0, rank, group_name)
             bias = sum_copies(bias, self.cut, 0, rank, group_name) if bias is not None else None
-        y = F.linear(x, weight, bias)
+        return weight, bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        group_name, rank = self.place.group_name, self.place.rank
+        rows = self.force.of(input) if self.force is not None and self.reads_rows else None
+        if rows is not None:
+            input = GatheredRows(input, rows, (*input.shape[:-2], rows.num))
+        if isinstance(input, GatheredRows):
+            y = self.shared_input.matmul(self, input) if self.shared_input else input.matmul([self.operands()])[0]
+        else:
+            x = self.shared_input(input) if self.shared_input is not None else copy_in(input, group_name)
+            y = F.linear(x, *self.operands())
         return gather_last(y, self.cut, rank, group_name) if self.gather_output else y
 
 
@@ -203,10 +221,12 @@ class RowParallelLinear(_ParallelLinear):
                 f"rank {rank}: the input's last dim is {x.shape[-1]}, but this rank holds {weight.shape[1]} of the "
                 f"{self.in_features} input features (sizes {self.cut.sizes()}): cut the layer before the same way"
             )
-        if torch.is_autocast_enabled(x.device.type):  # F.linear does this by itself, the op doesn't
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = bias.to(dtype) if bias is not None else None
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y = ops.matmul_all_reduce(rows, weight, group_name, bias=bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        rows = self.force.rows if self.force is not None else None
+        if rows is not None and bias is not None:  # which every rank adds to its rows
+            bias = rows.seen.get(id(bias), bias)
+        flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        if rows is None:
+            y = ops.matmul_all_reduce(flat, weight, group_name, bias=bias)
+            return y.reshape(*x.shape[:-1], self.out_features)
+        y = ops.matmul_reduce_scatter(flat, weight, group_name, bias=bias, splits=rows.sizes)
+        return y if x.dim() == 2 else y[None]

@@ -11,16 +11,25 @@ from torch import nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
-from pypar.tensor_parallel.exchange import SharedInput
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
 from pypar.tensor_parallel.plan import choose, log, resolve
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shared import SharedInput
+from pypar.tensor_parallel.stack import stacks_of, use_sequence_parallel
 from pypar.tensor_parallel.styles import Style
 from pypar.tensor_parallel.targets import Target, targets_of
 
 
-def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str, Any] = "auto") -> nn.Module:
+def tensor_parallel(
+    module: nn.Module,
+    group: Group = None,
+    plan: str | dict[str, Any] = "auto",
+    *,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
+) -> nn.Module:
     """Cuts `module` in place so that the ranks of `group` hold and compute a part each; returns it.
 
     module   the full model, the same on every rank
@@ -29,13 +38,20 @@ def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str
              (their base_model_tp_plan as it is), torch's ColwiseParallel or RowwiseParallel, or "colwise_qkv" for
              query | key | value in one weight. "auto": the model's own plan, else pairs of linears in attention and
              MLP by name and shape; logged as "pypar.tensor_parallel"
+    sequence_parallel
+             between the matmuls each rank computes and keeps its share of the tokens alone (norms, dropout, residuals);
+             the layers' outputs are such shares, the model's output is full. Forwards of fewer than 48 tokens, and
+             those that ask for output_hidden_states, run without it
+    loss_parallel
+             the last linear, which the plan would gather, gives this rank's columns of the logits, for
+             pypar.VocabParallelCrossEntropy; a Hugging Face model's own loss (labels=) takes them so
 
     Every rank feeds the same batch and gets the same output. Parameters that stay whole get equal gradients on all
     ranks. Attention is cut on whole heads, with groups of query heads and their key and value head kept together; key
     and value heads fewer than ranks are held as copies, whose gradients are summed. Tied weights stay tied.
 
     Raises ValueError, with nothing changed: a pattern that names nothing, an unknown style, one that doesn't fit what
-    it names, more ranks than heads, models that differ between ranks.
+    it names, more ranks than heads, models that differ between ranks, a model that sequence_parallel doesn't fit.
     """
     if plan != "auto" and not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: give 'auto' or {{pattern: style}}")
@@ -45,6 +61,9 @@ def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str
     _check_same_everywhere(module, targets, place)
     tied = _owners(module)
     _check_tied(tied, targets)
+    sequence_parallel = sequence_parallel or any(s.sequence for s in styles.values())
+    stacks = stacks_of(module, targets) if sequence_parallel else []
+    head = loss_head(module, targets) if loss_parallel else None
     made: dict[int, nn.Module] = {}
     for target in targets:
         _apply(module, target, place, made)
@@ -53,6 +72,9 @@ def tensor_parallel(module: nn.Module, group: Group = None, plan: str | dict[str
         cut_alibi(module.get_submodule(name), its, place.rank)
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
+    use_sequence_parallel(module, stacks, targets, place)
+    if head is not None:
+        use_loss_parallel(module, head)
     return module
 
 

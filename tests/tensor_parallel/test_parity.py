@@ -99,7 +99,7 @@ def build(name):
 
 def steps(model, grads_of, weights_of):
     """What is compared: of the first step logits, loss and gradients, then the weights after 3 steps."""
-    ids = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 53, (2, 25), generator=torch.Generator().manual_seed(5))  # rows that 3 ranks don't divide
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
     first = None
     for _ in range(3):
@@ -141,25 +141,26 @@ def replicated_are_equal(model):
     torch.testing.assert_close(everyone, mine[None].expand_as(everyone), rtol=1e-6, atol=1e-7)
 
 
-def check(rank, world, names):
+def check(rank, world, names, sequence_parallel):
     failed = []
     for name in names:
         try:
-            check_model(name)
+            check_model(name, sequence_parallel)
         except Exception:  # the same on every rank, so that the next model can go on
             failed.append(f"{name} on {world} ranks: {traceback.format_exc()}")
     assert not failed, "\n".join(failed)
 
 
-def check_model(name):
+def check_model(name, sequence_parallel):
     full = build(name)
     wanted = steps(full, plain_grads, lambda m: m.state_dict())
-    model = pypar.tensor_parallel(build(name), plan=PLANS.get(name, "auto"))
+    plan = PLANS.get(name, "auto")
+    model = pypar.tensor_parallel(build(name), plan=plan, sequence_parallel=sequence_parallel)
     held = sum(p.numel() for p in model.parameters())
     assert held < 0.8 * sum(p.numel() for p in full.parameters()), "hardly anything was cut"
     assert_same(steps(model, gather_full_grads, gather_full_state), wanted)
     replicated_are_equal(model)
-    again = pypar.tensor_parallel(build(name), plan=PLANS.get(name, "auto"))
+    again = pypar.tensor_parallel(build(name), plan=plan)
     again.load_state_dict(full.state_dict())  # a full checkpoint
     assert_same(gather_full_state(again), full.state_dict())
 
@@ -168,6 +169,7 @@ GROUPS = [list(MODELS)[i : i + 6] for i in range(0, len(MODELS), 6)]
 
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "sp"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_parity(world, names):
-    run_ranks(check, world, names)
+def test_parity(world, sequence_parallel, names):
+    run_ranks(check, world, names, sequence_parallel)
