@@ -164,7 +164,7 @@ class ColumnParallelLinear(_ParallelLinear):
         if rows is not None:
             input = GatheredRows(input, rows, (*input.shape[:-2], rows.num))
         if isinstance(input, GatheredRows):
-            y = self.shared_input.matmul(self, input) if self.shared_input else input.matmul([self.operands()])[0]
+            y = self.shared_input.matmul(self, input) if self.shared_input else input.products([self.operands()])[0]
         else:
             x = self.shared_input(input) if self.shared_input is not None else copy_in(input, group_name)
             y = F.linear(x, *self.operands())

@@ -18,31 +18,39 @@ from pypar import ops
 from pypar.tensor_parallel.cut import split_evenly
 from pypar.tensor_parallel.shards import Place
 
-_ATTRIBUTE = "_pypar_rows"
+_ATTRIBUTE, _TAKEN = "_pypar_rows", "_pypar_rows_taken"
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """How the rows of one forward lie.
 
-    shape     leading dims of the full tensor
-    seen      parameters, by id, behind a function that sums their gradients over the ranks, each of which uses them
-              on its own rows
-    together  for each SharedInput, the layers that share a gather in this forward
+    shape       leading dims of the full tensor
+    parameters  what the ranks use on their rows
+    together    for each SharedInput, the layers that share a gather in this forward
     """
 
     shape: torch.Size
     sizes: list[int]
     place: Place
-    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+    parameters: Sequence[nn.Parameter] = ()
+    _seen: dict[int, torch.Tensor] = field(default_factory=dict)
     together: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, full: torch.Tensor, place: Place, parameters: Sequence[nn.Parameter]) -> Rows:
-        """Of hidden states [..., D]; `parameters` are those that ranks use on their rows."""
+        """Of hidden states [..., D]."""
         shape = full.shape[:-1]
         sizes = [stop - start for start, stop in split_evenly(math.prod(shape), place.world_size)]
-        return cls(shape, sizes, place, sum_gradients(parameters, place.group_name))
+        return cls(shape, sizes, place, parameters)
+
+    @property
+    def seen(self) -> dict[int, torch.Tensor]:
+        """{id of a parameter: what to use in its place}, with its gradient summed over the ranks; nothing where there
+        are no gradients."""
+        if not self._seen and torch.is_grad_enabled():
+            self._seen.update(sum_gradients(self.parameters, self.place.group_name))
+        return self._seen if torch.is_grad_enabled() else {}
 
     @property
     def num(self) -> int:
@@ -79,6 +87,15 @@ def mark(x: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def rows_of(x: Any) -> Rows | None:
     return getattr(x, _ATTRIBUTE, None)
+
+
+def note_taken(full: torch.Tensor, rows: Rows) -> None:
+    """Remembers on a full tensor how its rows were taken."""
+    setattr(full, _TAKEN, rows)
+
+
+def taken_of(full: torch.Tensor) -> Rows | None:
+    return getattr(full, _TAKEN, None)
 
 
 def _all(x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -135,7 +152,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter], group_name: str) -> dict[i
     """{id of a parameter: what to use in its place}; the gradients of all are summed over the ranks in one message,
     when backward has found the last of them."""
     wanted = [p for p in parameters if p.requires_grad]
-    if not wanted or not torch.is_grad_enabled():
+    if not wanted:
         return {}
     return dict(zip(map(id, wanted), _SumGradients.apply(group_name, *wanted), strict=True))
 
@@ -164,7 +181,7 @@ class GatheredRows(torch.Tensor):
             self.full = self.rows.gather(self.x)
         return self.full
 
-    def matmul(self, operands: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
+    def products(self, operands: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> list[torch.Tensor]:
         """y_i [..., N_i] = all rows @ w_i.T + b_i."""
         weights, biases = zip(*operands, strict=True)
         flat = self.x.reshape(-1, self.x.shape[-1])
@@ -181,7 +198,7 @@ class GatheredRows(torch.Tensor):
             return func(*_gathered(args), **_gathered(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"{func} met rows that nobody has gathered; call gathered() first")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from pypar.tensor_parallel.foreign import drop_parameters, put_parameters
-from pypar.tensor_parallel.rows import GatheredRows, Rows, mark, rows_of
+from pypar.tensor_parallel.rows import GatheredRows, Rows, mark, note_taken, rows_of, taken_of
 from pypar.tensor_parallel.shards import Place, shards_of
 
 MIN_ROWS = 48  # below, one small message beats two: kernels.md 1
@@ -37,8 +37,12 @@ class RowsInForce:
     def __init__(self, place: Place, owners: list[tuple[nn.Module, str]]):
         self.place, self.owners = place, owners
         self.rows: Rows | None = None
+        self.is_running = False  # the forward of the module that owns the stack
         self.is_open = False  # rows were taken and not gathered again
         self.is_off = False  # during this forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "rows": None, "is_running": False}  # of a forward that a copy of the model hasn't seen
 
     def of(self, x: Any) -> Rows | None:
         rows = rows_of(x)
@@ -48,11 +52,14 @@ class RowsInForce:
 
     def open(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's rows, where there are enough; else the full tensor."""
-        self.rows = None
+        self.rows = None if self.is_running else taken_of(full)
+        if self.rows is not None:  # computed again in backward: the rows of that forward
+            return mark(self.rows.take(full), self.rows)
         if self.is_off or math.prod(full.shape[:-1]) < max(MIN_ROWS, self.place.world_size):
             return full
         parameters = [p for m, n in self.owners if (p := m._parameters[n]) is not None]
-        self.rows, self.is_open = Rows.of(full, self.place, parameters), True
+        self.rows, self.is_open = Rows.of(full, self.place, parameters), self.is_running
+        note_taken(full, self.rows)
         return mark(self.rows.take(full), self.rows)
 
     def close(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -68,17 +75,18 @@ class StackHooks:
 
     def attach(self, owner: nn.Module) -> None:
         owner.register_forward_pre_hook(self.enter, with_kwargs=True)
-        owner.register_forward_hook(self.leave)
+        owner.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, owner: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         # Who asks for the hidden states of every layer wants full ones.
         asked = kwargs.get("output_hidden_states")
         if asked is None:
             asked = getattr(getattr(owner, "config", None), "output_hidden_states", False)
-        self.force.is_off, self.force.is_open = bool(asked), False
+        self.force.is_off, self.force.is_open, self.force.is_running = bool(asked), False, True
 
     def leave(self, _owner: nn.Module, _args: Any, output: Any) -> None:
-        if self.force.is_open:
+        self.force.is_running = False
+        if self.force.is_open and output is not None:  # None: forward raised
             self.force.is_open = False
             raise RuntimeError(
                 f"{self.name or 'the model'}: nothing gathered the rows that the last layer left; use "
@@ -124,8 +132,8 @@ class LayerHooks:
         def close(x: torch.Tensor) -> torch.Tensor:
             if not rows.fits(x):
                 raise RuntimeError(
-                    f"{self.name} gave {tuple(x.shape)}, but this rank's rows are {(1, rows.mine)}: its forward doesn't "
-                    "go with sequence_parallel=True"
+                    f"{self.name} gave {tuple(x.shape)}, but this rank's rows are {(1, rows.mine)}: its forward "
+                    "doesn't go with sequence_parallel=True"
                 )
             return self.force.close(x, rows) if self.gathers else mark(x, rows)
 
@@ -202,7 +210,8 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> 
     """The argument of that name, else the first floating tensor of at least two dims."""
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):
         return "hidden_states", kwargs["hidden_states"]
-    for key, value in (*enumerate(args), *kwargs.items()):
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in given:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 2:
             return key, value
     raise RuntimeError(f"{where} is called without hidden states: use sequence_parallel=False")

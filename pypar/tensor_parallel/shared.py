@@ -63,6 +63,6 @@ class SharedInput:
             # What was learned before this forward: one that is computed again in backward does the same again.
             known = x.rows.together.setdefault(self, self.together)
             layers = known if layer in known else (layer,)
-            x.outputs.update(zip(layers, x.matmul([each.operands() for each in layers]), strict=True))
+            x.outputs.update(zip(layers, x.products([each.operands() for each in layers]), strict=True))
             y = x.outputs.pop(layer)
         return y

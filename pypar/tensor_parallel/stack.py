@@ -75,7 +75,9 @@ def _attach(root: nn.Module, name: str, layers: list[nn.Module], targets: list[T
         for child_name, child in layer.named_children():
             kinds[child_name] = _attach_part(child, f"{layer_name}.{child_name}", targets, force)
         owners += [(layer, n) for n in uncut(layer)]
-        LayerHooks(force, layer_name, index == 0, final is None and index == len(layers) - 1, uncut(layer)).attach(layer)
+        LayerHooks(force, layer_name, index == 0, final is None and index == len(layers) - 1, uncut(layer)).attach(
+            layer
+        )
     if final is not None:
         norm = owner.get_submodule(final)
         owners += [(norm, n) for n in uncut(norm)]
@@ -149,4 +151,6 @@ def _is_norm(module: object) -> bool:
 
 
 def _is_by_row(part: nn.Module) -> bool:
-    return _is_norm(part) or type(part) is nn.Linear or not (any(True for _ in part.parameters()) or list(part.children()))
+    return (
+        _is_norm(part) or type(part) is nn.Linear or not (any(True for _ in part.parameters()) or list(part.children()))
+    )

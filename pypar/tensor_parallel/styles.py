@@ -86,9 +86,7 @@ def _from_torch(given: ParallelStyle, pattern: str) -> Style:
     if isinstance(given, ColwiseParallel):
         if source in (full, sequence) and target in (last, full):
             return Style("column", full_side=target == full, sequence=source == sequence)
-        raise refuse(
-            f" from {source!r} to {target!r}; it takes Replicate() or Shard(1) to Shard(-1) or Replicate()"
-        )
+        raise refuse(f" from {source!r} to {target!r}; it takes Replicate() or Shard(1) to Shard(-1) or Replicate()")
     if source in (last, full) and target in (full, sequence):
         return Style("row", full_side=source == full, sequence=target == sequence)
     raise refuse(f" from {source!r} to {target!r}; it takes Shard(-1) or Replicate() to Replicate() or Shard(1)")

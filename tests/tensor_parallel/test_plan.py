@@ -165,11 +165,11 @@ def check_errors(rank, world):
     )
     refused("plan='auto' found no attention or MLP in Sequential", "auto", lambda: nn.Sequential(nn.LayerNorm(3)))
     refused("share one weight, but the plan cuts it differently", {"embed": "rowwise", "head": "rowwise"})
-    refused("is SequenceParallel; pypar.tensor_parallel takes", {"layers.*.norm": SequenceParallel()})
     refused(
-        "from Shard(dim=1) to Shard(dim=-1); it takes Replicate() to", {"head": ColwiseParallel(input_layouts=Shard(1))}
+        "found no list of layers with parts that the plan cuts in Model",
+        {"head": "colwise_gather_output", "layers.*.norm": SequenceParallel()},
     )
-    refused("sequence parallel isn't there yet", {"layers.*.norm": "sequence_parallel"})
+    refused("from Shard(dim=0) to Shard(dim=-1); it takes", {"head": ColwiseParallel(input_layouts=Shard(0))})
     model = pypar.tensor_parallel(Model(), plan=NAMES)
     with pytest.raises(ValueError, match="is cut already"):
         pypar.tensor_parallel(model, plan=NAMES)
