@@ -1,5 +1,8 @@
 // Python's view of comm/. Everything else is reached through torch.ops.pypar and torch.distributed.
 
+#include <chrono>
+#include <thread>
+
 #include <pybind11/chrono.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -27,6 +30,24 @@ pypar::InnerGroups make_inner(const py::object& factory, const pypar::InnerReque
                                 .cast<std::pair<py::object, py::object>>();
   using Backend = c10::intrusive_ptr<c10d::Backend>;
   return {whole.cast<Backend>(), across.is_none() ? nullptr : across.cast<Backend>()};
+}
+
+// pypar.testing.stalls: a pure function of (seed, rank, round), so that a run stalls in the same places again.
+unsigned stall_seed = 0;
+uint32_t stall_most_us = 0;
+
+void stall(int rank, uint32_t round) {
+  uint32_t x = (stall_seed * 2654435761u) ^ (static_cast<uint32_t>(rank) * 40503u) ^ (round * 2246822519u);
+  x ^= x >> 15;
+  x *= 2246822519u;
+  x ^= x >> 13;
+  if (x % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(x / 4 % stall_most_us));
+}
+
+void set_stalls(unsigned seed, uint32_t most_us) {
+  stall_seed = seed;
+  stall_most_us = most_us;
+  pypar::Communicator::set_stall(most_us == 0 ? nullptr : stall);
 }
 
 }  // namespace
@@ -70,6 +91,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     auto kept = std::make_shared<py::object>(std::move(factory));
     pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });
   });
+  m.def("set_stalls", &set_stalls, py::arg("seed"), py::arg("most_us"), "for pypar.testing.stalls");
   m.def("build_info", &build_info);
   m.def("cpu_capability", &pypar::cpu_capability);
   m.def("copy_method", &pypar::copy_method);

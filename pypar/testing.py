@@ -8,7 +8,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,24 @@ def _rank_main(
     if dist.is_initialized() and pickle.loads(payload)[0] == "ok":
         dist.destroy_process_group()
     os._exit(0 if pickle.loads(payload)[0] == "ok" else 1)
+
+
+@contextmanager
+def stalls(seed: int, most_us: int = 300) -> Iterator[None]:
+    """Within the block, this rank sleeps for up to most_us microseconds before one in four of the signals that it gives
+    or has waited for in shared memory: in other places for another seed, in the same ones for the same.
+
+    For a test that results don't depend on timing. Raises RuntimeError where the compiled extension is absent.
+    """
+    from pypar import backend
+
+    if backend.extension is None:
+        raise RuntimeError("stalls need the compiled extension; without it pypar has no signals of its own")
+    backend.extension.set_stalls(seed, most_us)
+    try:
+        yield
+    finally:
+        backend.extension.set_stalls(0, 0)
 
 
 def run_ranks(

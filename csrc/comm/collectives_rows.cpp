@@ -14,14 +14,9 @@ namespace {
 // Up to here, and always on two ranks, every rank sums everything; above, its own rows, which then go to all.
 constexpr int64_t kOneShotBytes = 64 << 10;
 
-// Rows of one piece: as many as fit in `bytes`.
+// Rows of one piece: as many as fit in `bytes`, maybe none.
 int64_t rows_within(size_t bytes, int64_t row_bytes) {
-  const int64_t rows = static_cast<int64_t>(bytes) / std::max<int64_t>(1, row_bytes);
-  if (rows == 0) {
-    throw ArgumentError("a row of " + std::to_string(row_bytes) + " bytes does not fit in a slot of " +
-                        std::to_string(bytes) + " bytes of shared memory; use fewer columns per rank");
-  }
-  return rows;
+  return static_cast<int64_t>(bytes) / std::max<int64_t>(1, row_bytes);
 }
 
 // out = the sum of srcs and of what `more` appends.
@@ -29,6 +24,31 @@ void sum_rows(void* out, std::vector<const void*>& srcs, int64_t begin, int64_t 
               const std::function<void(int64_t, int64_t, std::vector<const void*>&)>& more) {
   if (more) more(begin, num, srcs);
   reduce_rows(out, srcs.data(), static_cast<int>(srcs.size()), num * row_items, dtype, ReduceOp::sum);
+}
+
+// Where a row does not fit in a slot, rows travel item by item: what is made of them goes through memory of this rank.
+struct Items {
+  std::vector<std::byte> memory;
+  std::vector<int64_t> counts;  // items of each rank
+  std::vector<std::byte*> parts;
+
+  Items(const int64_t* rows, int world, int64_t row_items, int64_t item_bytes) {
+    int64_t total = 0;
+    for (int r = 0; r < world; ++r) counts.push_back(rows[r] * row_items), total += counts.back();
+    memory.resize(static_cast<size_t>(total * item_bytes));
+    std::byte* next = memory.data();
+    for (int64_t count : counts) parts.push_back(next), next += count * item_bytes;
+  }
+};
+
+// `more` of all `rows`, as items.
+Communicator::MoreRows items_of(const Communicator::MoreRows& more, int64_t rows, int64_t item_bytes) {
+  if (!more) return nullptr;
+  return [&more, rows, item_bytes](int64_t begin, int64_t, std::vector<const void*>& srcs) {
+    const size_t before = srcs.size();
+    more(0, rows, srcs);
+    for (size_t i = before; i < srcs.size(); ++i) srcs[i] = offset(srcs[i], begin * item_bytes);
+  };
 }
 
 }  // namespace
@@ -41,6 +61,19 @@ void Communicator::all_gather_rows(const void* in, const int64_t* rows, int64_t 
   };
   if (world() == 1) return whole(0, in);
   const int64_t piece = rows_within(slot_bytes_, row_bytes);
+  if (piece == 0) {
+    const auto item = static_cast<int64_t>(item_size(dtype));
+    Items items(rows, world(), row_items, item);
+    auto keep = [&](int src, int64_t begin, int64_t num, const void* data) {
+      copy_bytes(items.parts[static_cast<size_t>(src)] + begin * item, data, static_cast<size_t>(num * item));
+    };
+    all_gather_rows(in, items.counts.data(), 1, keep, deadline, dtype);
+    for (int k = 0; k < world(); ++k) {
+      const int r = (rank() + k) % world();
+      whole(r, items.parts[static_cast<size_t>(r)]);
+    }
+    return;
+  }
   guarded([&] {
     const int64_t total = std::accumulate(rows, rows + world(), int64_t{0});
     Call call(*this, Op::all_gather_rows, dtype, ReduceOp::none, static_cast<uint64_t>(total * row_items),
@@ -84,6 +117,17 @@ void Communicator::reduce_scatter_rows(const int64_t* rows, int64_t row_items, c
     return sum_rows(out, srcs, 0, rows[0], row_items, dtype, more);
   }
   const int64_t piece = rows_within(slot_bytes_ / static_cast<size_t>(world() - 1), row_bytes);
+  if (piece == 0) {
+    Items items(rows, world(), row_items, item);
+    for (int r = 0; r < world(); ++r) {
+      if (rows[r] != 0) produce(r, 0, rows[r], items.parts[static_cast<size_t>(r)]);
+    }
+    auto take = [&](int dst, int64_t begin, int64_t num, void* data) {
+      copy_bytes(data, items.parts[static_cast<size_t>(dst)] + begin * item, static_cast<size_t>(num * item));
+    };
+    const auto more_items = items_of(more, rows[rank()], item);
+    return reduce_scatter_rows(items.counts.data(), 1, take, out, more_items, deadline, dtype);
+  }
   guarded([&] {
     const int64_t total = std::accumulate(rows, rows + world(), int64_t{0});
     Call call(*this, Op::reduce_scatter_rows, dtype, ReduceOp::sum, static_cast<uint64_t>(total * row_items),
@@ -150,6 +194,14 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
     return sum_rows(out, srcs, 0, rows, row_items, dtype, more);
   }
   const int64_t piece = rows_within(slot_bytes_, row_bytes);
+  if (piece == 0) {
+    Items items(&rows, 1, row_items, item);
+    if (rows != 0) produce(0, rows, items.memory.data());
+    auto take = [&](int64_t begin, int64_t num, void* data) {
+      copy_bytes(data, items.memory.data() + begin * item, static_cast<size_t>(num * item));
+    };
+    return all_reduce_rows(rows * row_items, 1, take, out, items_of(more, rows, item), deadline, dtype);
+  }
   guarded([&] {
     Call call(*this, Op::all_reduce_rows, dtype, ReduceOp::sum, static_cast<uint64_t>(rows * row_items), 0, deadline);
     auto part = [&](int64_t c) {

@@ -21,6 +21,7 @@ CORE = [
         "communicator",
         "collectives",
         "collectives_rooted",
+        "collectives_rows",
     )
 ] + [f"csrc/cpu/{f}.cpp" for f in ("reduce", "reduce_plain", "reduce_avx2", "reduce_avx512")]
 RINGS = ["csrc/comm/rings.cpp", "csrc/comm/rings_progress.cpp"]
@@ -136,8 +137,12 @@ def sanitized(tmp_path_factory):
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 @pytest.mark.parametrize(
     ("sources", "calls"),
-    [(["tests/native/collectives_test.cpp"], 120), ([*RINGS, "tests/native/rings_test.cpp"], 18)],
-    ids=["collectives", "messages"],
+    [
+        (["tests/native/collectives_test.cpp"], 120),
+        (["tests/native/rows_test.cpp"], 40),
+        ([*RINGS, "tests/native/rings_test.cpp"], 18),
+    ],
+    ids=["collectives", "rows", "messages"],
 )
 def test_sanitizer(tmp_path, sanitized, sanitizer, sources, calls):
     program = build(tmp_path / "program", f"-fsanitize={sanitizer}", *FLAGS, *sources, *sanitized(sanitizer))
@@ -145,6 +150,23 @@ def test_sanitizer(tmp_path, sanitized, sanitizer, sources, calls):
         command = [program, str(world), str(calls), str(world)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-5000:] + done.stdout
+
+
+def sanitized_mutant(tmp_path: Path, sanitized, sources: dict[str, str], test: str, *arguments: str) -> str:
+    """What a test under ThreadSanitizer prints when files of the core read as in `sources`, {path: text}."""
+    paths = []
+    for path, text in sources.items():
+        mutant = tmp_path / Path(path).relative_to("csrc")
+        mutant.parent.mkdir(parents=True, exist_ok=True)
+        mutant.write_text(text)
+        paths += [str(mutant)] if path.endswith(".cpp") else []
+    replaced = {Path(path).stem for path in paths}
+    rest = [path for path in sanitized("thread") if Path(path).stem not in replaced]
+    # A changed header is found before the one of the tree.
+    program = build(tmp_path / "mutant", "-fsanitize=thread", f"-I{tmp_path}", *FLAGS, *paths, test, *rest)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=200, env=environment)
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -163,27 +185,46 @@ def test_sanitizer_finds_messages_that_break_a_rule(tmp_path, sanitized, rule, b
     orders = {"strong": "std::memory_order_seq_cst", "relaxed": "std::memory_order_relaxed"}
     rings = {path: (ROOT / path).read_text() for path in RINGS}
     assert sum(text.count(rule.format(**orders)) for text in rings.values()) == 1
-    sources = []
-    for path, text in rings.items():
-        mutant = tmp_path / Path(path).name
-        mutant.write_text(text.replace(rule.format(**orders), broken.format(**orders)))
-        sources.append(str(mutant))
-    test = "tests/native/rings_test.cpp"
-    program = build(tmp_path / "mutant", "-fsanitize=thread", *FLAGS, *sources, test, *sanitized("thread"))
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-    done = subprocess.run([program, "2", "18", "1"], capture_output=True, text=True, timeout=200, env=environment)
-    assert "data race" in done.stderr, done.stdout + done.stderr[-2000:]
+    sources = {path: text.replace(rule.format(**orders), broken.format(**orders)) for path, text in rings.items()}
+    said = sanitized_mutant(tmp_path, sanitized, sources, "tests/native/rings_test.cpp", "2", "18", "1")
+    assert "data race" in said, said[-2000:]
 
 
-def test_ten_thousand_calls_with_stalls(tmp_path):
-    program = build(
-        tmp_path / "collectives",
-        "-O2",
-        "-std=c++20",
-        "-Icsrc",
-        "-Icsrc/include",
-        *CORE,
-        "tests/native/collectives_test.cpp",
-    )
+ROWS, CALL, ROUNDS = "csrc/comm/collectives_rows.cpp", "csrc/comm/call.h", "csrc/comm/communicator.cpp"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("path", "rule", "broken"),
+    [
+        (ROWS, "            call.wait(r, round);\n", ""),
+        (ROWS, "          call.wait_all(round);\n", ""),
+        (ROWS, "0, Call::kAll,", "0, Call::kNobody,"),
+        (CALL, "      sync();  // nobody may touch the window while a peer still reads or writes it\n", ""),
+        (ROUNDS, "    if (peer != me && !reached(c.seen_", "    if (false && !reached(c.seen_"),
+        (ROUNDS, "  notify(own.lines[round % kSlots].epoch, round, own.sleepers);",
+         "  std::atomic_ref<uint32_t>(own.lines[round % kSlots].epoch).store(round, std::memory_order_relaxed);"),
+    ],
+    ids=[
+        "gather without a wait", "scatter without a wait", "all_reduce without a wait", "window given back early",
+        "no gate before a slot is written again", "relaxed publish",
+    ],
+)  # fmt: skip
+def test_sanitizer_finds_rows_that_break_a_rule(tmp_path, sanitized, path, rule, broken):
+    text = (ROOT / path).read_text()
+    assert text.count(rule) == 1
+    sources = {path: text.replace(rule, broken)}
+    ranks = "2" if "kAll" in rule else "3"  # only two ranks sum everything when it comes in pieces
+    for user in (ROWS, ROUNDS) if path == CALL else ():
+        sources[user] = (ROOT / user).read_text()
+    said = sanitized_mutant(tmp_path, sanitized, sources, "tests/native/rows_test.cpp", ranks, "80", "3")
+    assert "data race" in said or "rows" in said, said[-2000:]  # wrong rows are printed with the op's name
+
+
+@pytest.mark.parametrize("test", ["collectives_test", "rows_test"])
+def test_ten_thousand_calls_with_stalls(tmp_path, test):
+    flags = ("-O2", "-std=c++20", "-Icsrc", "-Icsrc/include")
+    program = build(tmp_path / "program", *flags, *CORE, f"tests/native/{test}.cpp")
     for world, calls in ((2, 10000), (3, 2000)):
         subprocess.run([program, str(world), str(calls), "7"], check=True, timeout=250)

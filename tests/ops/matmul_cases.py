@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# (M, K, N) of the whole product: no rows, fewer than ranks, odd, more than one piece of shared memory.
-SHAPES = [(0, 5, 7), (1, 3, 2), (2, 8, 8), (5, 17, 9), (127, 33, 65), (129, 64, 31), (3001, 257, 129)]
+# (M, K, N) of the whole product: no rows, fewer than ranks, odd, more than one piece of shared memory, rows that don't
+# fit in a piece.
+SHAPES = [(0, 5, 7), (1, 3, 2), (2, 8, 8), (5, 17, 9), (127, 33, 65), (129, 64, 31), (3001, 257, 129), (5, 2, 300_001)]
 
 
 def rows_of(total: int, world: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Sequence parallel and the parallel loss: what is gathered when, what is saved, what runs without it, errors."""
 
+import contextlib
 import copy
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pypar
 from pypar.tensor_parallel import gather_full_grads
-from pypar.testing import run_ranks
+from pypar.testing import run_ranks, stalls
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 D, HEADS, VOCAB = 24, 6, 29
@@ -282,6 +283,26 @@ def check_loss(rank, world):
         pypar.tensor_parallel(Model(), plan={"layers.*.mlp.up": "colwise"}, loss_parallel=True)
 
 
+def check_stalls(rank, world):
+    """The same bits whatever the timing, on every rank where they are the same tensor."""
+    ids = ids_of(4, 40)
+
+    def bits(seed, sequence_parallel):
+        model = pypar.tensor_parallel(Model(), plan=PLAN, sequence_parallel=sequence_parallel, loss_parallel=True)
+        loss = pypar.VocabParallelCrossEntropy(sizes=model.head.cut.sizes())
+        with stalls(seed) if seed else contextlib.nullcontext():
+            found = [step(model, ids, loss) for _ in range(3)]
+        return [*found, *(p.grad for p in model.parameters())]
+
+    for sequence_parallel in (False, True):
+        wanted = bits(0, sequence_parallel)
+        for seed in (1, 2, 3):
+            found = bits(seed + 10 * rank, sequence_parallel)
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), seed
+        everyone = pypar.ops.all_gather(torch.stack(wanted[:3])[None])
+        assert all(torch.equal(row, everyone[0]) for row in everyone)
+
+
 class Bare(nn.Module):
     """Attention in the layer itself."""
 
@@ -333,6 +354,7 @@ def check(rank, world):
     check_autocast(rank, world)
     check_torch_plan(rank, world)
     check_loss(rank, world)
+    check_stalls(rank, world)
     check_errors(rank, world)
 
 
