@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models on 2 and 3 ranks against one process: logits, loss, gradients, weights after 3 steps."""
+"""Tiny Hugging Face models on 2, 3 and 4 ranks against one process: logits, loss, gradients, weights after 3 steps."""
 
 import traceback
 
@@ -170,6 +170,6 @@ GROUPS = [list(MODELS)[i : i + 6] for i in range(0, len(MODELS), 6)]
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "sp"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_parity(world, sequence_parallel, names):
     run_ranks(check, world, names, sequence_parallel)
