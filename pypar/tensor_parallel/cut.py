@@ -65,6 +65,10 @@ class Cut:
         how many such there are."""
         return _copied(self, rank)
 
+    def first_held(self, rank: int) -> list[int]:
+        """Where in rank's part lie the indices that no lower rank holds."""
+        return _first_held(self, rank)
+
 
 @functools.cache  # asked for in every backward
 def _copied(cut: Cut, rank: int) -> tuple[list[int], list[int], int]:
@@ -75,6 +79,12 @@ def _copied(cut: Cut, rank: int) -> tuple[list[int], list[int], int]:
     number = {i: n for n, i in enumerate(i for i, count in enumerate(holders) if count > 1)}
     here = [(at, number[i]) for at, i in enumerate(cut.indices(rank)) if i in number]
     return [at for at, _ in here], [n for _, n in here], len(number)
+
+
+@functools.cache
+def _first_held(cut: Cut, rank: int) -> list[int]:
+    lower = {i for other in range(rank) for i in cut.indices(other)}
+    return [at for at, i in enumerate(cut.indices(rank)) if i not in lower]
 
 
 def split_evenly(count: int, parts: int) -> list[Range]:

@@ -14,9 +14,11 @@ EXAMPLES = """\
 examples:
   pypar train --dp 2                                  the standard library's sources, two ranks, a few minutes
   pypar train --dp 2 --data book.txt notes/ --steps 500
+  pypar train --tp 2 --model llama-small              each rank holds half of the model
+  pypar train --dp 2 --tp 2                           four ranks: two halves of the model, twice
   pypar train --resume                                go on with the newest run
   pypar train --model path/to/saved/model --data corpus/ --lr 1e-4
-  torchrun --nproc-per-node 4 -m pypar train          the ranks of torchrun
+  torchrun --nproc-per-node 4 -m pypar train --tp 2   the ranks of torchrun: dp 2 x tp 2
 """
 
 
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
     group = top.add_argument_group("training")
     _add(group, "seq_len", int, "tokens per sequence")
-    _add(group, "batch_size", int, "sequences per step, over all ranks and --accumulate")
+    _add(group, "batch_size", int, "sequences per step, over all --dp ranks and --accumulate")
     _add(group, "accumulate", int, "backward passes that a rank splits its share of a batch into")
     _add(group, "steps", int, "optimizer steps")
     _add(group, "lr", float, "peak learning rate", "X")
@@ -72,7 +74,13 @@ def parser() -> argparse.ArgumentParser:
     _add(group, "seed", int, "of weights, split, order and dropout")
 
     group = top.add_argument_group("ranks")
-    _add(group, "dp", int, "data-parallel ranks to start here; leave it out under torchrun")
+    _add(group, "dp", int, "data-parallel ranks, x --tp ranks to start here; leave it out under torchrun")
+    _add(group, "tp", int, "tensor-parallel ranks that share each copy of the model, neighbours by rank")
+    group.add_argument(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="with --tp: norms and dropout work on a part of the sequence each (default: on)",
+    )
     _add(group, "backend", str, "process group (default: what pypar.init() chooses)", "NAME")
     _add(group, "device", str, "auto takes CUDA when there is any", choices=("auto", "cpu", "cuda"))
     _add(group, "threads", int, "threads per rank (default: cores / local ranks)")

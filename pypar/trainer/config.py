@@ -18,7 +18,8 @@ class TrainConfig:
     """Defaults: two CPU ranks with one thread each learn the standard library's sources in two or three minutes.
 
     batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
-    dp: number of ranks. Paths are absolute once `prepare` has seen them; None stands for "decide for me".
+    dp: copies of the model, which share the batch. tp: ranks that share one copy. Paths are absolute once `prepare` has
+    seen them; None stands for "decide for me".
     """
 
     model: str = "llama-tiny"
@@ -42,6 +43,8 @@ class TrainConfig:
     dtype: str = "float32"
     seed: int = 0
     dp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = True
     backend: str | None = None
     device: str = "auto"
     threads: int | None = None
@@ -67,6 +70,9 @@ class TrainConfig:
             known["data"] = tuple(known["data"])
         return cls(**known)
 
+    def world_size(self) -> int:
+        return self.dp * self.tp
+
     def micro_batch(self) -> int:
         """Sequences that the busiest rank runs at once."""
         return math.ceil(math.ceil(self.batch_size / self.dp) / self.accumulate)
@@ -88,7 +94,7 @@ def flag(name: str) -> str:
 
 def check(config: TrainConfig, max_ranks: int | None = None) -> None:
     """Raises TrainError for a value that can't work. max_ranks: default 8 per core."""
-    for name in ("seq_len", "batch_size", "accumulate", "steps", "dp", "keep", "log_every"):
+    for name in ("seq_len", "batch_size", "accumulate", "steps", "dp", "tp", "keep", "log_every"):
         _at_least(config, name, 1)
     for name in ("warmup", "eval_every", "eval_batches", "save_every", "sample_tokens", "seed"):
         _at_least(config, name, 0)
@@ -105,10 +111,13 @@ def check(config: TrainConfig, max_ranks: int | None = None) -> None:
     if config.dropout is not None:
         _between(config, "dropout", 0.0, 1.0, open_high=True)
     limit = MAX_RANKS_PER_CORE * cores() if max_ranks is None else max_ranks
-    if config.dp > limit:
+    if config.world_size() > limit:
+        given = " x ".join(f"--{n} {v}" for n, v in (("dp", config.dp), ("tp", config.tp)) if v > 1)
+        name = "tp" if config.dp == 1 else "dp"
+        rest = " and leave out --tp" if config.dp > 1 and config.tp > 1 else ""
         raise TrainError(
-            f"--dp {config.dp} is more than {MAX_RANKS_PER_CORE} ranks for each of the {cores()} cores here: "
-            f"use --dp {cores()}, or torchrun over more machines"
+            f"{given} is more than {MAX_RANKS_PER_CORE} ranks for each of the {cores()} cores here: "
+            f"use --{name} {cores()}{rest}, or torchrun over more machines"
         )
     if config.batch_size < config.dp * config.accumulate:
         raise TrainError(

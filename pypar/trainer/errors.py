@@ -24,9 +24,11 @@ class Interrupted(BaseException):
         self.signal_number = signal_number
 
 
-def reason(error: BaseException) -> str:
-    """The error as one line: `No space left on device`, `ValueError: ...`."""
+def reason(error: BaseException, with_type: bool = True) -> str:
+    """The error as one line: `No space left on device`, `ValueError: ...`, or without the type."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     text = " ".join(str(error).split())
+    if text and not with_type:
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

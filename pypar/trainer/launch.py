@@ -19,7 +19,7 @@ from pypar.trainer.prepare import Job
 
 
 def launch(job: Job) -> None:
-    """Runs the job on job.config.dp local ranks and waits for them.
+    """Runs the job on job.config.world_size() local ranks and waits for them.
 
     Raises TrainError with the first cause when a rank fails; Interrupted, when every rank is gone, after a signal.
     """
@@ -38,7 +38,7 @@ def launch(job: Job) -> None:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=job.config.dp,
+            nproc_per_node=job.config.world_size(),
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",

@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 
 import pypar
+from pypar.tensor_parallel import clip_grad_norm_
 from pypar.trainer import cache, checkpoint, data, model, rng
 from pypar.trainer.errors import TrainError
+from pypar.trainer.layout import Layout
 from pypar.trainer.metrics import Metrics, read
 from pypar.trainer.optimizer import learning_rate, make_optimizer
 from pypar.trainer.prepare import Job
 from pypar.trainer.progress import Progress
 from pypar.trainer.ranks import Ranks
-from pypar.trainer.state import load_model, load_optimizer, save_model, save_optimizer
+from pypar.trainer.state import Full, load_model, load_optimizer, save_model, save_optimizer
 
 
 class Trainer:
@@ -36,17 +38,26 @@ class Trainer:
             self.cache, self.config.seq_len, self.config.val_fraction, self.config.seed
         )
         self.order = data.Order(self.train_data.num_sequences, self.config.seed)
-        rng.seed_everything(self.config.seed)
-        self.module = ranks.agree(lambda: model.create(job.model, job.weights)).to(ranks.device)
-        self.module.train()
-        self.optimizer = make_optimizer(self.module, self.config)
+        self.layout = Layout.make(ranks, self.config.tp)
         self.step = 0
         self.position = 0
-        # Every rank has its own dropout.
-        rng.seed_everything(self.config.seed, ranks.rank, ranks.world_size)
+        self.module = ranks.agree(self._make_module)
+        self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        model.cut(self.module, self.layout, self.config.sequence_parallel)
+        self.optimizer = make_optimizer(self.module, self.config)
+        # Every dp rank has its own dropout; the ranks of a tp group, which share activations, have the same.
+        rng.seed_everything(self.config.seed, self.layout.dp_rank, self.layout.dp)
         if job.resume:
             ranks.agree(lambda: self._resume(Path(job.resume or "")))
-        self.parallel = model.wrap(self.module, ranks.world_size)
+        self.parallel = model.wrap(self.module, self.layout)
+
+    def _make_module(self) -> torch.nn.Module:
+        """The full module, the same on every rank, on this rank's device."""
+        rng.seed_everything(self.config.seed)
+        module = model.create(self.job.model, self.job.weights)
+        if self.job.resume:
+            load_model(module, Path(self.job.resume))
+        return module.to(self.ranks.device).train()
 
     def fit(self, metrics: Metrics | None, progress: Progress) -> None:
         """Trains up to config.steps, with validations and checkpoints on the way. metrics: on rank 0."""
@@ -79,21 +90,21 @@ class Trainer:
 
     def _train_step(self, lr: float) -> tuple[float, float]:
         """(loss: the mean over all tokens of the global batch, norm of its gradient before clipping), on every rank."""
-        config, ranks = self.config, self.ranks
+        config, ranks, layout = self.config, self.ranks, self.layout
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        own = data.share(self.order.take(self.position, config.batch_size), ranks.rank, ranks.world_size)
-        # DataParallel averages over ranks; times world_size makes that a sum of this rank's share of the mean.
-        scale = ranks.world_size / (config.batch_size * config.seq_len)
+        own = data.share(self.order.take(self.position, config.batch_size), layout.dp_rank, layout.dp)
+        # DataParallel averages over dp ranks; times dp makes that a sum of this rank's share of the mean.
+        scale = layout.dp / (config.batch_size * config.seq_len)
         loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         for part in range(config.accumulate):
             last = part == config.accumulate - 1
-            with nullcontext() if last or ranks.world_size == 1 else self.parallel.no_sync():  # type: ignore[operator]
+            with nullcontext() if last or layout.dp == 1 else self.parallel.no_sync():  # type: ignore[operator]
                 part_sum = self._loss_sum(self.parallel, self.train_data, data.share(own, part, config.accumulate))
                 (part_sum * scale).backward()
             loss_sum += part_sum.detach()
-        loss = ranks.total(loss_sum)[0] / (config.batch_size * config.seq_len)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.clip or math.inf))
+        loss = self._total(loss_sum) / (config.batch_size * config.seq_len)
+        norm = float(clip_grad_norm_(self.module, config.clip or math.inf))
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             raise TrainError(
@@ -104,6 +115,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
+
+    def _total(self, own: torch.Tensor) -> float:
+        """The sum over the dp ranks' data, the same bits on every rank of the job."""
+        return self.ranks.total(own if self.layout.counts() else torch.zeros_like(own))[0]
 
     def _loss_sum(self, module: torch.nn.Module, stream: data.Stream, indices: Sequence[int]) -> torch.Tensor:
         """float32 [], summed over the tokens of these sequences"""
@@ -119,32 +134,35 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, metrics: Metrics | None, progress: Progress) -> None:
-        """The same validation sequences every time, shared out over the ranks."""
-        config, ranks = self.config, self.ranks
+        """The same validation sequences every time, shared out over the dp ranks."""
+        config, layout = self.config, self.layout
         number = self.val_data.num_sequences
         if config.eval_batches:
             number = min(number, config.eval_batches * config.batch_size)
         chosen = data.permutation(self.val_data.num_sequences, config.seed, 0)[:number]
-        own = data.share(list(chosen), ranks.rank, ranks.world_size)
+        own = data.share(list(chosen), layout.dp_rank, layout.dp)
         size = config.micro_batch()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         with progress.pause():
             self.module.eval()
             for start in range(0, len(own), size):
                 loss_sum += self._loss_sum(self.module, self.val_data, own[start : start + size])
             self.module.train()
-            loss = ranks.total(loss_sum)[0] / (number * config.seq_len)
+            loss = self._total(loss_sum) / (number * config.seq_len)
         if metrics:
             metrics.add("val", self.step, loss=loss)
         progress.say(f"step {self.step}/{config.steps}  validation loss {loss:.4f}")
 
     def save(self) -> None:
         """The checkpoint of this step, written by rank 0. Collective; when it fails, every rank raises TrainError."""
-        states = self.ranks.gather(rng.capture(self.ranks.device))
+        # The ranks of a tp group are in the same state: one of each dp rank.
+        states = self.ranks.gather(rng.capture(self.ranks.device))[:: self.layout.tp]
+        full = Full(self.module, self.optimizer, self.layout.tp > 1) if self.layout.dp_rank == 0 else None
 
         def fill(folder: Path) -> None:
-            save_model(self.module, self.job.model, folder)
-            save_optimizer(self.optimizer, self.module, folder)
+            assert full is not None
+            save_model(full, self.job.model, folder)
+            save_optimizer(full, folder)
             if self.config.tokenizer and self.config.tokenizer != "bytes":
                 (folder / "tokenizer.json").write_bytes(Path(self.config.tokenizer).read_bytes())
             checkpoint.write_state(
@@ -167,15 +185,16 @@ class Trainer:
         self.ranks.first(lambda: str(checkpoint.write(self.run, self.step, fill, self.config.keep)))
 
     def _resume(self, path: Path) -> None:
+        """All but the weights, which _make_module has loaded."""
         state = checkpoint.read_state(path)
-        load_model(self.module, path)
         load_optimizer(self.optimizer, self.module, path)
         self.step, self.position = state["step"], state["position"]
-        if state["world_size"] == self.ranks.world_size:
-            rng.restore(state["rng"][self.ranks.rank], self.ranks.device)
+        layout = self.layout
+        if len(state["rng"]) == layout.dp:
+            rng.restore(state["rng"][layout.dp_rank], self.ranks.device)
         else:
             # No state to go on with: new ones, that a second resume from here would draw again.
-            rng.seed_everything(self.config.seed, self.ranks.rank, self.ranks.world_size, self.step)
+            rng.seed_everything(self.config.seed, layout.dp_rank, layout.dp, self.step)
 
     def history(self) -> list[dict[str, Any]]:
         """The curve up to the resumed step, from the run that the checkpoint lies in."""

@@ -51,7 +51,7 @@ def _here(given: dict[str, Any], resume: str | None, debug: bool, out: list[str]
 
     job = prepare(given, resume, debug)
     out.append(str(job.config.out))
-    if job.config.dp > 1:
+    if job.config.world_size() > 1:
         from pypar.trainer.launch import launch
 
         launch(job)

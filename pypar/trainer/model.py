@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pypar.trainer.errors import TrainError, reason
+from pypar.trainer.layout import Layout
 from pypar.trainer.presets import PRESETS
 
 EXTRA = ("transformers", "tokenizers", "safetensors", "tensorboard", "matplotlib", "tqdm")
@@ -116,13 +117,36 @@ def create(config: dict[str, Any], weights: str | None) -> nn.Module:
         raise TrainError(f"cannot load the weights in {weights}: {reason(error)}") from error
 
 
-def wrap(module: nn.Module, world_size: int) -> nn.Module:
-    """Data parallel: gradients are averaged over ranks in backward. One rank needs no wrapper."""
-    if world_size == 1:
+def check_tensor_parallel(name: str, config: dict[str, Any], tp: int) -> None:
+    """Raises TrainError when the model can't be cut for tp ranks. name: --model."""
+    if tp == 1:
+        return
+    from pypar.tensor_parallel import check_plan
+
+    with torch.device("meta"):
+        module = create(config, None)
+    try:
+        check_plan(module, tp)
+    except ValueError as error:
+        raise TrainError(f"--tp {tp} does not fit --model {name}: {reason(error, with_type=False)}") from error
+
+
+def cut(module: nn.Module, layout: Layout, sequence_parallel: bool) -> nn.Module:
+    """Tensor parallel: this rank keeps its part of the full module."""
+    if layout.tp_group is None:
+        return module
+    import pypar
+
+    return pypar.tensor_parallel(module, layout.tp_group)
+
+
+def wrap(module: nn.Module, layout: Layout) -> nn.Module:
+    """Data parallel: gradients are averaged over the dp group in backward. One rank needs no wrapper."""
+    if layout.dp_group is None:
         return module
     from pypar import DataParallel
 
-    return DataParallel(module)
+    return DataParallel(module, layout.dp_group)
 
 
 def _read_config(transformers: Any, model: str) -> Any:

@@ -15,7 +15,14 @@ from pypar.trainer.config import FROZEN, TrainConfig, check, flag
 from pypar.trainer.data import split
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.metrics import NAME
-from pypar.trainer.model import describe, own_tokenizer, require_extra, same_model, weights_folder
+from pypar.trainer.model import (
+    check_tensor_parallel,
+    describe,
+    own_tokenizer,
+    require_extra,
+    same_model,
+    weights_folder,
+)
 from pypar.trainer.presets import PRESETS
 from pypar.trainer.tokens import load_tokens
 
@@ -44,7 +51,7 @@ class Job:
 def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: int | None = None) -> Job:
     """Checks all of it, tokenises the data, chooses and makes the output folder. Raises TrainError.
 
-    given: the settings of the command line. world_size: of torchrun, which then decides --dp.
+    given: the settings of the command line. world_size: of torchrun, which with --tp decides --dp.
     """
     require_extra()
     given = _absolute(given)
@@ -52,9 +59,7 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
     state = checkpoint.read_state(found) if found else None
     config = TrainConfig.from_json((state["config"] if state else {}) | given)
     if world_size is not None:
-        if given.get("dp", world_size) != world_size:
-            raise TrainError(f"--dp {given['dp']}, but torchrun started {world_size} ranks: leave --dp out")
-        config = dataclasses.replace(config, dp=world_size)
+        config = dataclasses.replace(config, dp=_dp_of(config, given.get("dp"), world_size))
     check(config, max_ranks=world_size)
     if state:
         _same_run(given, config, state, found)
@@ -66,6 +71,7 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
     else:
         weights = weights_folder(config.model)
         model = describe(config.model, tokens.vocab_size, tokens.end, config.seq_len, config.dropout)
+    check_tensor_parallel(config.model, model, config.tp)
     _check_backend(config.backend)
     folder = Path(config.cache_dir) if config.cache_dir else cache.default_folder()
     built = cache.build(config.data, tokens, folder)
@@ -80,6 +86,20 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
     return Job(
         dataclasses.replace(config, out=str(out)), model, weights, str(built), str(found) if found else None, debug
     )
+
+
+def _dp_of(config: TrainConfig, dp: int | None, world_size: int) -> int:
+    """The data-parallel ranks among the world_size ranks of torchrun. dp: what the command line says, if anything."""
+    if config.tp < 1 or world_size % config.tp:
+        fit = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        raise TrainError(
+            f"--tp {config.tp} does not divide the {world_size} ranks of torchrun: "
+            f"use --tp {', '.join(fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}, or start another number of ranks"
+        )
+    if dp is not None and dp * config.tp != world_size:
+        shown = f" x --tp {config.tp}" if config.tp > 1 else ""
+        raise TrainError(f"--dp {dp}{shown}, but torchrun started {world_size} ranks: leave --dp out")
+    return world_size // config.tp
 
 
 def lock(run: Path) -> IO[str]:

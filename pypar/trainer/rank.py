@@ -49,21 +49,25 @@ def train(job: Job, ranks: Ranks) -> None:
             trainer.fit(metrics, progress)
         finally:
             progress.close()
+        # All ranks that share the first copy of the model.
+        text = _sample(trainer) if config.sample_tokens and trainer.layout.dp_rank == 0 else None
         if metrics:
             with writing(run):
                 metrics.close()
-                _finish(trainer, metrics, time.monotonic() - started)
+                _finish(trainer, metrics, text, time.monotonic() - started)
         dist.barrier()
 
 
 def _headline(trainer: Trainer) -> str:
-    config, ranks = trainer.config, trainer.ranks
-    parameters = sum(parameter.numel() for parameter in trainer.module.parameters())
+    config, world_size, layout = trainer.config, trainer.ranks.world_size, trainer.layout
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks ({layout})"
+    if layout.tp > 1 and config.sequence_parallel:
+        ranks = f"{world_size} ranks ({layout}, sequence parallel)"
     skipped = trainer.cache.meta["skipped"]
     counts = "".join(f", {number} {why} files skipped" for why, number in sorted(skipped.items()))
     lines = [
-        f"{config.model}: {parameters / 1e6:.2f} million parameters, {ranks.world_size} "
-        f"{'rank' if ranks.world_size == 1 else 'ranks'} over {dist.get_backend()}, {config.dtype}",
+        f"{config.model}: {trainer.num_parameters / 1e6:.2f} million parameters, {ranks} over {dist.get_backend()}, "
+        f"{config.dtype}",
         f"data: {trainer.cache.meta['num_documents']} documents{counts}; "
         f"{trainer.train_data.num_tokens:,} training and {trainer.val_data.num_tokens:,} validation tokens",
         f"run: {trainer.run}",
@@ -73,14 +77,13 @@ def _headline(trainer: Trainer) -> str:
     return "\n".join(lines)
 
 
-def _finish(trainer: Trainer, metrics: Metrics, seconds: float) -> None:
+def _finish(trainer: Trainer, metrics: Metrics, sample: str | None, seconds: float) -> None:
     """Curve, sample and the last lines. Rank 0."""
     config, run = trainer.config, trainer.run
     plot(metrics.rows, f"{config.model}, {config.steps} steps", run / "loss.png")
-    if config.sample_tokens:
-        text = _sample(trainer)
-        (run / "sample.txt").write_text(text, encoding="utf-8")
-        print(f"--- sample (temperature {config.temperature:g}; the prompt comes first)\n{text}\n---")
+    if sample is not None:
+        (run / "sample.txt").write_text(sample, encoding="utf-8")
+        print(f"--- sample (temperature {config.temperature:g}; the prompt comes first)\n{sample}\n---")
     losses = curve(metrics.rows, "val")[1]
     change = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per token ({100 * (losses[-1] / losses[0] - 1):+.0f} %)"
     print(f"validation loss {change} in {seconds:.0f} s")
@@ -103,5 +106,6 @@ def _sample(trainer: Trainer) -> str:
         config.temperature,
         trainer.ranks.device,
         config.seed,
+        trainer.layout.tp_group,
     )
     return tokens.decode([*prompt, *out])

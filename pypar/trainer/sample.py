@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -20,10 +21,12 @@ def generate(
     temperature: float,
     device: torch.device,
     seed: int,
+    group: dist.ProcessGroup | None = None,
 ) -> list[int]:
     """Up to num_tokens after the prompt, sampled with a generator of its own; stops at `end`.
 
     module: a causal LM of transformers, not wrapped. context: longest sequence it takes; what is older is forgotten.
+    group: the ranks that hold a part of the module each; a collective call of them, with the same result.
     """
     was_training = module.training
     module.eval()
@@ -40,7 +43,10 @@ def generate(
         result = module(input_ids=new, use_cache=True, **{name: cache})
         cache = result[name]
         odds = torch.softmax(result.logits[0, -1].float().cpu() / temperature, dim=-1)
-        token = int(torch.multinomial(odds, 1, generator=generator))
+        drawn = torch.multinomial(odds, 1, generator=generator).to(device)
+        if group is not None:
+            dist.broadcast(drawn, group=group, group_src=0)
+        token = int(drawn)
         if token == end:
             break
         out.append(token)

@@ -11,21 +11,43 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pypar.trainer.errors import TrainError
+from pypar.tensor_parallel import gather_full_optimizer_state, gather_full_state, load_full_optimizer_state
+from pypar.trainer.errors import TrainError, reason
 
 METADATA = {"format": "pt"}
 
 
-def save_model(module: nn.Module, config: dict[str, Any], folder: Path) -> None:
-    """model.safetensors and config.json, as transformers' from_pretrained reads them. Tied weights are stored once."""
-    save_file(_unique(module), folder / "model.safetensors", metadata=METADATA)
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": [type(module).__name__]}, indent=1))
+class Full:
+    """The full tensors of model and optimizer, whatever part of the module this rank holds.
+
+    weights: by name, tied ones once. moments: `<state>.<parameter name>`, e.g. `exp_avg.lm_head.weight`.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, is_cut: bool):
+        """is_cut: by tensor parallel; then a collective call of its group. Else the tensors are the module's own."""
+        self.architecture = type(module).__name__
+        self.weights = _unique(gather_full_state(module) if is_cut else module.state_dict())
+        if is_cut:
+            states = gather_full_optimizer_state(module, optimizer)
+        else:
+            states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
+        self.moments = {
+            f"{key}.{name}": value.detach().contiguous()
+            for name, state in states.items()
+            for key, value in state.items()
+        }
+
+
+def save_model(full: Full, config: dict[str, Any], folder: Path) -> None:
+    """model.safetensors and config.json, as transformers' from_pretrained reads them."""
+    save_file(full.weights, folder / "model.safetensors", metadata=METADATA)
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [full.architecture]}, indent=1))
 
 
 def load_model(module: nn.Module, folder: Path) -> None:
-    """Copies the weights in place. Raises TrainError when names or shapes are another model's."""
+    """Copies the weights into the full module. Raises TrainError when names or shapes are another model's."""
     path = folder / "model.safetensors"
-    wanted = _unique(module)
+    wanted = _unique(module.state_dict())
     with safe_open(path, framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -40,32 +62,28 @@ def load_model(module: nn.Module, folder: Path) -> None:
             wanted[name].copy_(tensor)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, folder: Path) -> None:
-    """optimizer.safetensors: `<state>.<parameter name>`, e.g. `exp_avg.lm_head.weight`."""
-    tensors = {}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = value.detach().contiguous()
-    save_file(tensors, folder / "optimizer.safetensors", metadata=METADATA)
+def save_optimizer(full: Full, folder: Path) -> None:
+    """optimizer.safetensors"""
+    save_file(full.moments, folder / "optimizer.safetensors", metadata=METADATA)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, folder: Path) -> None:
-    """Sets the state of every parameter; learning rates are the caller's."""
-    parameters = dict(module.named_parameters())
+    """Sets the state of every parameter, or of this rank's part of it; learning rates are the caller's."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in load_file(folder / "optimizer.safetensors").items():
         key, _, name = full.partition(".")
-        if name not in parameters:
-            raise TrainError(f"checkpoint {folder} is of another model: it has optimizer state for {name}")
-        parameter = parameters[name]
-        # `step` stays where AdamW creates it: beside the parameter when fused.
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        states.setdefault(name, {})[key] = tensor
+    try:
+        load_full_optimizer_state(module, optimizer, states)
+    except ValueError as error:
+        raise TrainError(f"checkpoint {folder} is of another model: {reason(error, with_type=False)}") from error
 
 
-def _unique(module: nn.Module) -> dict[str, torch.Tensor]:
+def _unique(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict without second names of the same memory."""
     kept: dict[str, torch.Tensor] = {}
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in state.items():
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if key not in seen or not tensor.numel():
             seen.add(key)

@@ -123,8 +123,9 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
 
     module, optimizer = make()
     step(module, optimizer)
-    state.save_model(module, {"model_type": "none"}, tmp_path)
-    state.save_optimizer(optimizer, module, tmp_path)
+    full = state.Full(module, optimizer, is_cut=False)
+    state.save_model(full, {"model_type": "none"}, tmp_path)
+    state.save_optimizer(full, tmp_path)
     again, its_optimizer = make()
     state.load_model(again, tmp_path)
     state.load_optimizer(its_optimizer, again, tmp_path)
