@@ -78,14 +78,25 @@ def tensor_parallel(
     return module
 
 
-def check_plan(module: nn.Module, world_size: int, plan: str | dict[str, Any] = "auto") -> None:
-    """Raises the ValueError with which tensor_parallel would refuse the plan on world_size ranks; changes nothing.
+def check_plan(
+    module: nn.Module,
+    world_size: int,
+    plan: str | dict[str, Any] = "auto",
+    *,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
+) -> None:
+    """Raises the ValueError with which tensor_parallel would refuse this on world_size ranks; changes nothing.
 
     Needs neither process group nor weights: a module on the meta device will do.
     """
     styles = _with_tied(module, choose(module) if isinstance(plan, str) else resolve(module, plan))
     targets, _ = targets_of(module, styles, Place("", 0, world_size))
     _check_tied(_owners(module), targets)
+    if sequence_parallel or any(s.sequence for s in styles.values()):
+        stacks_of(module, targets)
+    if loss_parallel:
+        loss_head(module, targets)
 
 
 def _apply(root: nn.Module, target: Target, place: Place, made: dict[int, nn.Module]) -> None:

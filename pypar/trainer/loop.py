@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import pypar
 from pypar.tensor_parallel import clip_grad_norm_
 from pypar.trainer import cache, checkpoint, data, model, rng
 from pypar.trainer.errors import TrainError
 from pypar.trainer.layout import Layout
+from pypar.trainer.loss import TokenLoss
 from pypar.trainer.metrics import Metrics, read
 from pypar.trainer.optimizer import learning_rate, make_optimizer
 from pypar.trainer.prepare import Job
@@ -44,6 +44,7 @@ class Trainer:
         self.module = ranks.agree(self._make_module)
         self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
         model.cut(self.module, self.layout, self.config.sequence_parallel)
+        self.token_loss = TokenLoss(self.module, self.layout.tp_group)
         self.optimizer = make_optimizer(self.module, self.config)
         # Every dp rank has its own dropout; the ranks of a tp group, which share activations, have the same.
         rng.seed_everything(self.config.seed, self.layout.dp_rank, self.layout.dp)
@@ -124,8 +125,8 @@ class Trainer:
         """float32 [], summed over the tokens of these sequences"""
         inputs, targets = data.batch(stream, indices, self.ranks.device)
         with self._autocast():
-            logits = module(input_ids=inputs).logits  # [sequences, seq_len, vocab]
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+            logits = module(input_ids=inputs).logits  # [sequences, seq_len, vocab, or this rank's part of it]
+        return self.token_loss(logits, targets)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype == "float32":

@@ -117,7 +117,7 @@ def create(config: dict[str, Any], weights: str | None) -> nn.Module:
         raise TrainError(f"cannot load the weights in {weights}: {reason(error)}") from error
 
 
-def check_tensor_parallel(name: str, config: dict[str, Any], tp: int) -> None:
+def check_tensor_parallel(name: str, config: dict[str, Any], tp: int, sequence_parallel: bool) -> None:
     """Raises TrainError when the model can't be cut for tp ranks. name: --model."""
     if tp == 1:
         return
@@ -126,18 +126,29 @@ def check_tensor_parallel(name: str, config: dict[str, Any], tp: int) -> None:
     with torch.device("meta"):
         module = create(config, None)
     try:
-        check_plan(module, tp)
+        check_plan(module, tp, sequence_parallel=sequence_parallel)
     except ValueError as error:
-        raise TrainError(f"--tp {tp} does not fit --model {name}: {reason(error, with_type=False)}") from error
+        why = reason(error, with_type=False)
+        for said, option in (("=False", "--no-sequence-parallel"), ("=True", "--sequence-parallel")):
+            why = why.replace(f"sequence_parallel{said}", option)
+        raise TrainError(f"--tp {tp} does not fit --model {name}: {why}") from error
 
 
 def cut(module: nn.Module, layout: Layout, sequence_parallel: bool) -> nn.Module:
-    """Tensor parallel: this rank keeps its part of the full module."""
+    """Tensor parallel: this rank keeps its part of the full module. Logits stay cut where the plan cuts the head."""
     if layout.tp_group is None:
         return module
     import pypar
+    from pypar.tensor_parallel import check_plan
 
-    return pypar.tensor_parallel(module, layout.tp_group)
+    try:
+        check_plan(module, layout.tp, loss_parallel=True)
+        loss_parallel = True
+    except ValueError:
+        loss_parallel = False
+    return pypar.tensor_parallel(
+        module, layout.tp_group, sequence_parallel=sequence_parallel, loss_parallel=loss_parallel
+    )
 
 
 def wrap(module: nn.Module, layout: Layout) -> nn.Module:

@@ -71,7 +71,7 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
     else:
         weights = weights_folder(config.model)
         model = describe(config.model, tokens.vocab_size, tokens.end, config.seq_len, config.dropout)
-    check_tensor_parallel(config.model, model, config.tp)
+    check_tensor_parallel(config.model, model, config.tp, config.sequence_parallel)
     _check_backend(config.backend)
     folder = Path(config.cache_dir) if config.cache_dir else cache.default_folder()
     built = cache.build(config.data, tokens, folder)

@@ -107,5 +107,6 @@ def _sample(trainer: Trainer) -> str:
         trainer.ranks.device,
         config.seed,
         trainer.layout.tp_group,
+        trainer.token_loss.full,
     )
     return tokens.decode([*prompt, *out])

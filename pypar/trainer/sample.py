@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,13 @@ def generate(
     device: torch.device,
     seed: int,
     group: dist.ProcessGroup | None = None,
+    full: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
 ) -> list[int]:
     """Up to num_tokens after the prompt, sampled with a generator of its own; stops at `end`.
 
     module: a causal LM of transformers, not wrapped. context: longest sequence it takes; what is older is forgotten.
-    group: the ranks that hold a part of the module each; a collective call of them, with the same result.
+    group: the ranks that hold a part of the module each; a collective call of them, with the same result. full: from
+    the logits [V] of a token that the module gives to those of the whole vocabulary.
     """
     was_training = module.training
     module.eval()
@@ -42,7 +44,7 @@ def generate(
         new = torch.tensor([text if cache is None else text[-1:]], device=device)
         result = module(input_ids=new, use_cache=True, **{name: cache})
         cache = result[name]
-        odds = torch.softmax(result.logits[0, -1].float().cpu() / temperature, dim=-1)
+        odds = torch.softmax(full(result.logits[0, -1]).float().cpu() / temperature, dim=-1)
         drawn = torch.multinomial(odds, 1, generator=generator).to(device)
         if group is not None:
             dist.broadcast(drawn, group=group, group_src=0)

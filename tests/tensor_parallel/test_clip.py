@@ -65,7 +65,7 @@ def check_norms(rank, world):
     backward(model)
     if rank == world - 1:  # a shard of one rank alone
         model.get_parameter("model.layers.0.mlp.up_proj.weight").grad[0, 0] = math.nan
-    with pytest.raises(RuntimeError, match="the norm of order 2.0 of the gradients is nan"):
+    with pytest.raises(RuntimeError, match=r"the norm of order 2\.0 of the gradients is nan"):
         clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
     with pytest.raises(ValueError, match="norm_type must be above 0, got 0"):
         clip_grad_norm_(model, 1.0, 0)
