@@ -93,7 +93,8 @@ def _dp_of(config: TrainConfig, dp: int | None, world_size: int) -> int:
     if config.tp < 1 or world_size % config.tp:
         fit = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise TrainError(
-            f"--tp {config.tp} does not divide the {world_size} ranks of torchrun: "
+            f"--tp {config.tp} does not divide the {world_size} "
+            f"{'rank' if world_size == 1 else 'ranks'} of torchrun: "
             f"use --tp {', '.join(fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}, or start another number of ranks"
         )
     if dp is not None and dp * config.tp != world_size:
