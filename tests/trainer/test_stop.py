@@ -56,11 +56,14 @@ def all_gone(pids: list[int]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("number", "dp"), [(signal.SIGINT, "2"), (signal.SIGTERM, "2"), (signal.SIGINT, "1")])
-def test_signal_ends_the_run_cleanly(options, tmp_path, number, dp):
-    process = start(options, tmp_path, "--dp", dp)
+@pytest.mark.parametrize(
+    ("number", "layout"),
+    [(signal.SIGINT, "--dp 2"), (signal.SIGTERM, "--dp 2"), (signal.SIGINT, "--dp 1"), (signal.SIGINT, "--tp 2")],
+)
+def test_signal_ends_the_run_cleanly(options, tmp_path, number, layout):
+    process = start(options, tmp_path, *layout.split())
     ranks = ranks_of(process)
-    assert len(ranks) == (2 if dp == "2" else 0)
+    assert len(ranks) == (0 if layout == "--dp 1" else 2)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -70,8 +73,9 @@ def test_signal_ends_the_run_cleanly(options, tmp_path, number, dp):
     checkpoint.verify(Path(line.split()[-1]))
 
 
-def test_killed_rank_ends_the_run(options, tmp_path):
-    process = start(options, tmp_path, "--dp", "2")
+@pytest.mark.parametrize("layout", ["--dp 2", "--tp 2", "--dp 2 --tp 2"])
+def test_killed_rank_ends_the_run(options, tmp_path, layout):
+    process = start(options, tmp_path, *layout.split())
     ranks = ranks_of(process)
     os.kill(ranks[1], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
@@ -88,10 +92,13 @@ def test_killed_launcher_leaves_no_rank(options, tmp_path):
     assert all_gone(ranks)
 
 
-def test_under_torchrun(options, tmp_path):
+@pytest.mark.parametrize(
+    ("layout", "more"), [("dp 2 x tp 1", []), ("dp 1 x tp 2", ["--tp", "2", "--no-sequence-parallel"])]
+)
+def test_under_torchrun(options, tmp_path, layout, more):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pypar", "train"]
     done = subprocess.run(
-        [sys.executable, *words, *options, "--out", "run"],
+        [sys.executable, *words, *options, "--out", "run", *more],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
@@ -99,5 +106,5 @@ def test_under_torchrun(options, tmp_path):
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stdout and done.stdout.count("step 10/10  loss") == 1
+    assert f"2 ranks ({layout})" in done.stdout and done.stdout.count("step 10/10  loss") == 1
     assert len(rows(tmp_path / "run")) == 13, "10 steps and 3 validations, each written once"
