@@ -22,6 +22,15 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
+# What pypar.tensor_parallel's errors advise, in the words of the command line.
+_AS_OPTIONS = {
+    "use tp = ": "use --tp ",
+    "; give a plan: {pattern: style}": ": use --dp in place of --tp",
+    "sequence_parallel=False": "--no-sequence-parallel",
+    "sequence_parallel=True": "--sequence-parallel",
+}
+
+
 def require_extra() -> None:
     """Raises TrainError when the packages of pypar[train] are not installed."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
@@ -129,8 +138,8 @@ def check_tensor_parallel(name: str, config: dict[str, Any], tp: int, sequence_p
         check_plan(module, tp, sequence_parallel=sequence_parallel)
     except ValueError as error:
         why = reason(error, with_type=False)
-        for said, option in (("=False", "--no-sequence-parallel"), ("=True", "--sequence-parallel")):
-            why = why.replace(f"sequence_parallel{said}", option)
+        for said, option in _AS_OPTIONS.items():
+            why = why.replace(said, option)
         raise TrainError(f"--tp {tp} does not fit --model {name}: {why}") from error
 
 

@@ -8,16 +8,16 @@ import torch
 
 from pypar.testing import run_ranks
 from pypar.trainer import args, checkpoint, model
-from pypar.trainer.data import batch
 from pypar.trainer.errors import TrainError
 from pypar.trainer.loop import Trainer
+from pypar.trainer.main import main
 from pypar.trainer.prepare import Job, prepare
 from pypar.trainer.progress import Progress
 from pypar.trainer.ranks import Ranks
 from pypar.trainer.sample import generate
 from pypar.trainer.state import Full
 
-from .helpers import BACKEND, curve, error_line, rows, run_train
+from .helpers import BACKEND, curve, rows, run_train
 
 # 2 key and value heads, which 4 ranks hold as copies; widths and vocabulary that 4 ranks don't divide; tied.
 LLAMA = {
@@ -33,6 +33,7 @@ LLAMA = {
     "eos_token_id": 256,
     "tie_word_embeddings": True,
 }
+SETTINGS = [{}, {"sequence_parallel": False, "accumulate": 2}]
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 4: [(2, 2), (1, 4)]}
 
 
@@ -74,18 +75,20 @@ class Validations:
         self.losses.append(loss)
 
 
-def results(rank: int, world_size: int, job: dict, settings: dict):
-    """For each layout: losses and norms of 4 steps, validation loss, sample, weights and moments."""
+def results(rank: int, world_size: int, job: dict):
+    """For each of SETTINGS and each layout: losses and norms of 4 steps, validation loss, sample, weights and moments;
+    and what the rank draws next."""
     out = []
-    for dp, tp in LAYOUTS[world_size]:
-        trainer = Trainer(laid_out(job, dp, tp, **settings), Ranks.current("cpu"))
-        steps = train(trainer, 4)
-        validations = Validations()
-        trainer._evaluate(validations, Progress(0, 4, 1, 1, shown=False))
-        prompt = trainer.val_data.sequence(0)[:20].tolist()
-        group, full = trainer.layout.tp_group, trainer.token_loss.full
-        sample = generate(trainer.module, prompt, 12, 256, 16, 1.0, torch.device("cpu"), 3, group, full)
-        out.append((steps, validations.losses, sample, full_of(trainer)))
+    for settings in SETTINGS:
+        for dp, tp in LAYOUTS[world_size]:
+            trainer = Trainer(laid_out(job, dp, tp, **settings), Ranks.current("cpu"))
+            steps = train(trainer, 4)
+            validations = Validations()
+            trainer._evaluate(validations, Progress(0, 4, 1, 1, shown=False))
+            prompt = trainer.val_data.sequence(0)[:20].tolist()
+            group, full = trainer.layout.tp_group, trainer.token_loss.full
+            sample = generate(trainer.module, prompt, 12, 256, 16, 1.0, torch.device("cpu"), 3, group, full)
+            out.append((steps, validations.losses, sample, full_of(trainer), torch.rand(2).tolist()))
     return out
 
 
@@ -99,79 +102,81 @@ def assert_close(found, wanted):
         torch.testing.assert_close(tensors[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("settings", [{}, {"sequence_parallel": False, "accumulate": 2}], ids=["rows", "full"])
-def test_layouts_change_only_rounding(llama_options, settings):
+def test_layouts_change_only_rounding(llama_options):
     job = prepare(args.parse(llama_options)[0], None, False).to_json()
-    wanted = run_ranks(results, 1, job, settings, backend=BACKEND)[0][0]
-    assert wanted[0][-1][0] < wanted[0][0][0] and len(wanted[2]) == 12
-    for world_size in (2, 4):
-        ranks = run_ranks(results, world_size, job, settings, backend=BACKEND)
-        for number in range(len(LAYOUTS[world_size])):
-            first = ranks[0][number]
-            assert_close(first, wanted)
+    wanted = run_ranks(results, 1, job, backend=BACKEND)[0]
+    for steps, _, sample, _, _ in wanted:
+        assert steps[-1][0] < steps[0][0] and len(sample) == 12
+    for world_size, layouts in list(LAYOUTS.items())[1:]:
+        ranks = run_ranks(results, world_size, job, backend=BACKEND)
+        for number, found in enumerate(ranks[0]):
+            dp, tp = layouts[number % len(layouts)]
+            assert_close(found[:4], wanted[number // len(layouts)][:4])
             for other in ranks[1:]:
-                assert other[number][:3] == first[:3], "every rank sees the same losses, norms and tokens"
+                assert other[number][:3] == found[:3], "every rank sees the same losses, norms and tokens"
+            drawn = [rank[number][4] for rank in ranks]
+            for rank, numbers in enumerate(drawn):
+                assert numbers == drawn[rank // tp * tp], "ranks of one tp group draw the same numbers"
+            assert len(set(map(tuple, drawn))) == dp, "each dp rank draws its own"
 
 
-def save_and_go_on(rank: int, world_size: int, job: dict, dp: int, tp: int):
-    """2 steps, a checkpoint, 2 more: those losses, weights and moments; and again from the checkpoint."""
-    trainer = Trainer(laid_out(job, dp, tp), Ranks.current("cpu"))
-    train(trainer, 2)
-    trainer.save()
-    straight = train(trainer, 2), full_of(trainer)
-    again = Trainer(resumed(laid_out(job, dp, tp)), Ranks.current("cpu"))
-    return straight, (train(again, 2), full_of(again))
+def save_and_go_on(rank: int, world_size: int, jobs: list[dict]):
+    """For each layout 2 steps, a checkpoint, 2 more: those losses, weights and moments; and again from it."""
+    out = []
+    for job, (dp, tp) in zip(jobs, LAYOUTS[world_size], strict=True):
+        trainer = Trainer(laid_out(job, dp, tp), Ranks.current("cpu"))
+        train(trainer, 2)
+        trainer.save()
+        straight = train(trainer, 2), full_of(trainer)
+        again = Trainer(resumed(laid_out(job, dp, tp)), Ranks.current("cpu"))
+        out.append((straight, (train(again, 2), full_of(again))))
+    return out
 
 
 def resumed(job: Job) -> Job:
     return dataclasses.replace(job, resume=job.config.out + "/checkpoints/step-00000002")
 
 
-def go_on(rank: int, world_size: int, job: dict):
+def go_on(rank: int, world_size: int, jobs: list[dict]):
+    """For each checkpoint and each layout: 2 steps from it."""
     out = []
-    for dp, tp in LAYOUTS[world_size]:
-        trainer = Trainer(resumed(laid_out(job, dp, tp)), Ranks.current("cpu"))
-        out.append((train(trainer, 2), [], [], full_of(trainer)))
+    for job in jobs:
+        for dp, tp in LAYOUTS[world_size]:
+            trainer = Trainer(resumed(laid_out(job, dp, tp)), Ranks.current("cpu"))
+            out.append((train(trainer, 2), [], [], full_of(trainer)))
     return out
 
 
-@pytest.mark.parametrize(("dp", "tp"), [(2, 2), (1, 4), (2, 1)])
-def test_a_checkpoint_goes_on_under_any_layout(llama_options, tmp_path, dp, tp):
-    job = prepare(args.parse([*llama_options, "--out", "run"])[0], None, False).to_json()
-    ranks = run_ranks(save_and_go_on, dp * tp, job, dp, tp, backend=BACKEND)
-    (steps, tensors), (its_steps, its_tensors) = ranks[0]
-    assert steps == its_steps, "the same layout goes on bit for bit"
-    assert not [name for name in tensors if not torch.equal(tensors[name], its_tensors[name])]
-
-    path = checkpoint.latest(tmp_path / "run")
-    checkpoint.verify(path)
-    assert len(checkpoint.read_state(path)["rng"]) == dp
+def test_a_checkpoint_goes_on_under_any_layout(llama_options, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    saved = AutoModelForCausalLM.from_pretrained(path)
-    assert saved.lm_head.weight is saved.model.embed_tokens.weight and saved.lm_head.weight.shape == (257, 32)
-    for world_size in LAYOUTS:
-        for found in run_ranks(go_on, world_size, job, backend=BACKEND)[0]:
+    names = [f"dp{dp}tp{tp}" for dp, tp in LAYOUTS[4]]
+    jobs = [prepare(args.parse([*llama_options, "--out", name])[0], None, False).to_json() for name in names]
+    saved = run_ranks(save_and_go_on, 4, jobs, backend=BACKEND)[0]
+    for name, (dp, _), (straight, again) in zip(names, LAYOUTS[4], saved, strict=True):
+        assert straight[0] == again[0], "the same layout goes on bit for bit"
+        assert not [key for key, tensor in straight[1].items() if not torch.equal(tensor, again[1][key])]
+        path = checkpoint.latest(tmp_path / name)
+        checkpoint.verify(path)
+        assert len(checkpoint.read_state(path)["rng"]) == dp
+        loaded = AutoModelForCausalLM.from_pretrained(path)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.lm_head.weight.shape == (257, 32)
+    for world_size, layouts in LAYOUTS.items():
+        for number, found in enumerate(run_ranks(go_on, world_size, jobs, backend=BACKEND)[0]):
+            steps, tensors = saved[number // len(layouts)][0]
             assert_close(found, (steps, [], [], tensors))
-
-
-def dropout_of(rank: int, world_size: int, job: dict):
-    """What each rank draws next, and the sequences it reads."""
-    trainer = Trainer(laid_out(job, 2, 2), Ranks.current("cpu"))
-    own = trainer.order.take(0, 4)
-    return torch.rand(2).tolist(), batch(trainer.train_data, own, torch.device("cpu"))[0].tolist()
-
-
-def test_a_tensor_parallel_group_draws_the_same_numbers(llama_options):
-    job = prepare(args.parse(llama_options)[0], None, False).to_json()
-    drawn = [numbers for numbers, _ in run_ranks(dropout_of, 4, job, backend=BACKEND)]
-    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
 
 
 def test_more_ranks_than_heads(refused, llama_options):
     line = refused(*llama_options, "--tp", "5")
     assert "--tp 5 does not fit --model" in line and "has 4 heads, too few for 5 ranks" in line
-    assert line.endswith("use tp = 1 to 4")
+    assert line.endswith("use --tp 1 to 4")
+
+
+def test_a_model_that_cannot_be_cut(refused, llama_options, model):
+    model.write_text(json.dumps({"model_type": "mamba", "vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1}))
+    line = refused(*llama_options, "--tp", "2")
+    assert "--tp 2 does not fit --model" in line and line.endswith("MambaForCausalLM: use --dp in place of --tp")
 
 
 def test_layouts_that_cannot_work(refused, llama_options):
@@ -214,13 +219,12 @@ def test_sequence_parallel_that_does_not_fit_names_the_option(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_line(llama_options, tmp_path):
+def test_the_command_line(refused, llama_options, tmp_path):
     """Four ranks; then the run goes on with one."""
     done = run_train(*llama_options, "--dp", "2", "--tp", "2", "--out", "four", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "4 ranks (dp 2 x tp 2, sequence parallel) over" in done.stdout
-    alone = run_train(*llama_options, "--out", "one", cwd=tmp_path)
-    assert alone.returncode == 0 and "million parameters, 1 rank over" in alone.stdout
+    assert main([*llama_options, "--out", "one"]) == 0
     one, four = (
         [(row["split"], row["step"], row["loss"]) for row in curve(tmp_path / name)] for name in ("one", "four")
     )
@@ -228,10 +232,6 @@ def test_the_command_line(llama_options, tmp_path):
     assert [row[2] for row in four] == pytest.approx([row[2] for row in one], rel=1e-5)
     assert (tmp_path / "four/sample.txt").read_text() == (tmp_path / "one/sample.txt").read_text()
 
-    more = run_train(
-        "--resume", "four", "--dp", "1", "--tp", "2", "--no-sequence-parallel", "--steps", "12", cwd=tmp_path
-    )
-    assert more.returncode == 0 and "2 ranks (dp 1 x tp 2) over" in more.stdout, more.stderr
-    assert rows(tmp_path / "four")[-1]["step"] == 12
-    refused = run_train("--resume", "four", "--tp", "5", "--steps", "14", cwd=tmp_path)
-    assert refused.returncode == 2 and "--tp 5 does not fit" in error_line(refused.stderr)
+    assert main(["--resume", "four", "--dp", "1", "--tp", "1", "--steps", "11"]) == 0
+    assert rows(tmp_path / "four")[-1]["step"] == 11
+    assert "--tp 5 does not fit" in refused("--resume", "four", "--tp", "5", "--steps", "14")
