@@ -7,6 +7,7 @@ whether a tensor is full or which part of it this rank has.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pypar.ops import keyed_dropout
 from pypar.tensor_parallel.cut import Cut
 from pypar.tensor_parallel.heads import Heads
-from pypar.tensor_parallel.seed import forward_seed, fork_generator
+from pypar.tensor_parallel.seed import fork_generator, forward_seed
 from pypar.tensor_parallel.shards import Place
 
 Layout = tuple[int, int, list[int]]  # dim, its full size, the ranges of it that x has: start, stop, ...
@@ -281,7 +282,9 @@ def _watch(dropouts: Dropouts, module: nn.Module) -> None:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     named = [n for n in (code.co_names if code is not None else ()) if "drop" in n]
     config = getattr(module, "config", None)
-    own = [(module, n) for n, v in vars(module).items() if "drop" in n and isinstance(v, (int, float))]
+    own: list[tuple[Any, str]] = [
+        (module, n) for n, v in vars(module).items() if "drop" in n and isinstance(v, (int, float))
+    ]
     own += [(config, n) for n in named if isinstance(getattr(config, n, None), (int, float))]
     dropouts.watched += own
     if named and not own and not any(isinstance(getattr(module, n, None), nn.Module) for n in named):
@@ -302,6 +305,27 @@ def key_dropouts(root: nn.Module, inner: dict[str, Inner], place: Place) -> Drop
             above = above.rpartition(".")[0]
             found = inner.get(above)
         site = Site(dropouts, name, found, name in inner)
-        module.register_forward_pre_hook(site.enter, prepend=True)
-        module.register_forward_hook(site.leave, always_call=True)
+        if hasattr(type(module), "gradient_checkpointing"):
+            module.__dict__["_pypar_site"] = site
+            module.__class__ = _checkpointed_class(type(module))  # type: ignore[arg-type]
+        else:
+            module.register_forward_pre_hook(site.enter, prepend=True)
+            module.register_forward_hook(site.leave, always_call=True)
     return dropouts
+
+
+@functools.cache
+def _checkpointed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """For Hugging Face's layers, which checkpoint their forward without its hooks, and do so with a subclass's too."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        site: Site = self._pypar_site
+        site.enter(self, args)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            site.leave(self, args, None)
+
+    names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), names)

@@ -41,6 +41,4 @@ def _forward_seed(group_name: str) -> torch.Tensor:
 # For compiled code, where reading the generator must happen in each run. The tag: never twice for one call.
 LIBRARY.define("forward_seed(str group_name) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 LIBRARY.impl("forward_seed", _forward_seed, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "pypar::forward_seed", lambda group_name: torch.empty((), dtype=torch.int64), lib=LIBRARY
-)
+torch.library.register_fake("pypar::forward_seed", lambda group_name: torch.empty((), dtype=torch.int64), lib=LIBRARY)

@@ -1,0 +1,226 @@
+"""With dropout on, every element that one process drops is dropped on 2 and 4 ranks, and no other."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pypar
+from pypar.tensor_parallel import dropout, gather_full_grads
+from pypar.tensor_parallel.shards import place_of
+from pypar.testing import run_ranks
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 34,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_positions": 32, "vocab_size": 53, "pad_token_id": 0}
+GPT2 |= {"attn_pdrop": 0.2, "embd_pdrop": 0.1, "resid_pdrop": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {"ffn_dim": 34, "word_embed_proj_dim": 24, "dropout": 0.2, "attention_dropout": 0.1, "layerdrop": 0.3}
+MODELS = {  # name: (model type, settings, attention, how many dropouts a forward has)
+    "gpt2": ("gpt2", GPT2, "eager", 7),
+    "gpt2, sdpa": ("gpt2", GPT2, "sdpa", 7),
+    "llama": ("llama", {"num_key_value_heads": 3, "attention_dropout": 0.3}, "sdpa", 2),
+    "opt, layers left out at random": ("opt", OPT, "eager", None),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 6, "hidden_dropout": 0.1, "attention_dropout": 0.2}, "eager", 6),
+}
+IDS = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+def build(name):
+    kind, settings, attention, _ = MODELS[name]
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **settings})
+    config._attn_implementation = attention
+    return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+class Record:
+    """What each dropout was asked for, and its mask."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        monkeypatch.setattr(dropout, "keyed_dropout", self)
+
+    def __call__(self, x, seed, number, p, dim, full, ranges):
+        y = pypar.ops.keyed_dropout(x, seed, number, p, dim, full, ranges)
+        kept = pypar.ops.keyed_dropout(torch.ones_like(x), seed, number, p, dim, full, ranges) != 0
+        assert torch.equal(y, torch.where(kept, x * (1 / (1 - p)), 0))
+        self.calls.append((int(seed), number, p, dim, full, ranges, kept))
+        return y
+
+
+def steps(model):
+    """Losses and sums of gradients of 3 steps, and the generator's next number."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for _ in range(3):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        grads = gather_full_grads(model).values()
+        seen += [loss.item(), sum(g.double().norm().item() for g in grads)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def check_models(rank, world):
+    results = {}
+    for name in MODELS:
+        with pytest.MonkeyPatch.context() as patch:
+            model = pypar.tensor_parallel(build(name))
+            patch_record = Record(patch)
+            torch.manual_seed(100 + rank)  # rank 0's counts
+            results[name] = steps(model), patch_record.calls
+        if world == 2 and name.startswith(("gpt2", "opt")):
+            for reentrant in (True, False):
+                twin = pypar.tensor_parallel(build(name))
+                twin.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                torch.manual_seed(100 + rank)
+                torch.testing.assert_close(steps(twin), results[name][0], rtol=0, atol=0)
+    return results
+
+
+def test_masks_are_the_same_bits_on_1_2_and_4_ranks():
+    (full,) = run_ranks(check_models, 1)
+    for world in (2, 4):
+        for rank, found in enumerate(run_ranks(check_models, world)):
+            for name, (numbers, calls) in found.items():
+                wanted_numbers, wanted = full[name]
+                torch.testing.assert_close(
+                    numbers, wanted_numbers, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n} {m}"
+                )
+                assert len(calls) == len(wanted) > 0
+                per_forward = MODELS[name][3]
+                assert per_forward is None or len(wanted) == 3 * per_forward
+                cut = 0
+                for (*key, dim, _, ranges, kept), (*wanted_key, _, _, _, wanted_kept) in zip(
+                    calls, wanted, strict=True
+                ):
+                    assert key == wanted_key, (name, world, rank)
+                    held = [i for a, b in zip(ranges[::2], ranges[1::2], strict=True) for i in range(a, b)]
+                    here = wanted_kept.index_select(dim, torch.tensor(held))
+                    assert torch.equal(kept, here), (name, world, rank, dim, ranges)
+                    cut += kept.shape != wanted_kept.shape
+                assert cut, "attention's probabilities are a part"
+                assert len({call[:2] for call in calls}) == len(calls), "each its own mask"
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.head_dim = 6, 4
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            w(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for w in (self.q, self.k, self.v)
+        )
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(-1)  # the first query sees nothing
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.25 if self.training else 0.0)
+        y = F.dropout(y.transpose(1, 2).flatten(2), 0.1, self.training)
+        return F.dropout(self.o(y), 0.2, self.training, inplace=True)
+
+
+class Mlp(nn.Module):
+    def __init__(self, shape=None):
+        super().__init__()
+        self.up, self.down, self.shape = nn.Linear(24, 34), nn.Linear(34, 24), shape
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        h = F.dropout(h[..., :1] if self.shape == "cut off" else h, 0.3, self.training)
+        h = F.dropout1d(h, 0.3, self.training) if self.shape == "channels" else h
+        return torch.dropout(self.down(h), 0.3, self.training)
+
+
+class Model(nn.Module):
+    """A user's own, with its probabilities written in the code, and one MLP that is called twice."""
+
+    def __init__(self, shape=None):
+        super().__init__()
+        torch.manual_seed(2)
+        self.attention, self.mlp, self.noise = Attention(), Mlp(shape), nn.Dropout(0.1)
+
+    def forward(self, x):
+        x = self.noise(x + self.attention(x))
+        return self.mlp(self.mlp(x) + torch.rand(()))
+
+
+def check_own(rank, world):
+    model = pypar.tensor_parallel(Model())
+    torch.manual_seed(100 + rank)
+    x = torch.linspace(-1, 1, 240).view(2, 5, 24)
+    with pytest.MonkeyPatch.context() as patch:
+        record = Record(patch)
+        first = model(x)
+        numbers = [call[1] for call in record.calls]
+        assert len(numbers) == 8 and len(set(numbers)) == 8
+        state, weights = torch.get_rng_state(), copy.deepcopy(model)
+        second = model(x)
+        assert not torch.equal(first, second)
+        torch.set_rng_state(state)  # a run that goes on
+        assert torch.equal(weights(x), second)
+        parts = [model.attention(x), model.mlp(x), model.mlp(x)]  # by themselves
+        assert not torch.equal(parts[1], parts[2])
+    model.eval()
+    state = torch.get_rng_state()
+    model.attention(x)
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn where nothing is dropped"
+    with pytest.raises(RuntimeError):
+        model.train()(torch.zeros(2, 5, 3))
+    torch.manual_seed(100 + rank)
+    assert torch.equal(model(x), first), "a forward that failed leaves nothing behind"
+    if world > 1:
+        for shape, match in (
+            ("cut off", r"mlp: dropout on a tensor of shape \(2, 5, 1\)"),
+            ("channels", "mlp: dropout1d"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                pypar.tensor_parallel(Model(shape))(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(100 + rank)
+    again = compiled(x.clone())
+    assert (again == 0).eq(first == 0).all(), "the masks of compiled code are the same"
+    return [first.detach(), *(p.detach() for p in parts)]
+
+
+def test_own_model():
+    (full,) = run_ranks(check_own, 1)
+    for world in (2, 3):
+        for found in run_ranks(check_own, world):
+            torch.testing.assert_close(found, full, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(a == 0, b == 0) for a, b in zip(found, full, strict=True))
+
+
+def check_rows(rank, world):
+    """Hidden states cut by rows, as sequence parallel cuts them: [1, M_r, D] of [B, S, D]."""
+    model = nn.ModuleDict({"drop": nn.Dropout(0.3), "linear": nn.Linear(6, 6)})
+    dropouts = dropout.key_dropouts(model, {}, place_of(None))
+    x = torch.ones(2, 5, 6)
+    torch.manual_seed(rank)
+    full = model["drop"](x).view(1, 10, 6)
+    start, stop = 10 * rank // world, 10 * (rank + 1) // world
+    torch.manual_seed(rank)
+    dropouts.rows = dropout.Rows(10, start, stop)
+    mine = model["drop"](x.view(1, 10, 6)[:, start:stop])
+    assert torch.equal(mine, full[:, start:stop]) and (full == 0).any()
+    dropouts.rows = None
+    torch.manual_seed(rank)
+    assert torch.equal(model["drop"](x).view(1, 10, 6), full)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_rows(world):
+    run_ranks(check_rows, world)
