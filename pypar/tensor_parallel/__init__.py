@@ -2,6 +2,7 @@
 
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.lora import cut_adapters
 from pypar.tensor_parallel.loss import VocabParallelCrossEntropy
 from pypar.tensor_parallel.parallelize import tensor_parallel
 from pypar.tensor_parallel.state import gather_full_grads, gather_full_state
@@ -11,6 +12,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
+    "cut_adapters",
     "gather_full_grads",
     "gather_full_state",
     "tensor_parallel",

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,19 +21,12 @@ from torch.overrides import TorchFunctionMode
 from pypar.ops import keyed_dropout
 from pypar.tensor_parallel.cut import Cut
 from pypar.tensor_parallel.heads import Heads
+from pypar.tensor_parallel.rows import GatheredRows
 from pypar.tensor_parallel.seed import fork_generator, forward_seed
+from pypar.tensor_parallel.sequence import RowsInForce
 from pypar.tensor_parallel.shards import Place
 
 Layout = tuple[int, int, list[int]]  # dim, its full size, the ranges of it that x has: start, stop, ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Full tensors are, for the time being, rows [start, stop) of `full` (batch and sequence, flattened) in dim -2."""
-
-    full: int
-    start: int
-    stop: int
 
 
 class Inner:
@@ -68,11 +60,23 @@ class Inner:
 
 
 class Site:
-    """The hooks of one module: which it is, and what its tensors are parts of."""
+    """The hooks of one module: which it is, and what its tensors are parts of.
 
-    def __init__(self, dropouts: Dropouts, name: str, inner: Inner | None, is_owner: bool):
-        self.dropouts, self.name, self.inner, self.is_owner = dropouts, name, inner, is_owner
+    inner: of the nearest module that has column and row layers. force: where ranks have rows of the hidden states.
+    """
+
+    def __init__(self, dropouts: Dropouts, name: str, inner: Inner | None = None, force: RowsInForce | None = None):
+        self.dropouts, self.name, self.inner, self.force = dropouts, name, inner, force
+        self.opens_inner = False  # it is that module
         self.repeated = False  # called more than once by its caller
+
+    def attach(self, module: nn.Module) -> None:
+        if hasattr(type(module), "gradient_checkpointing"):
+            module.__dict__["_pypar_site"] = self
+            module.__class__ = _checkpointed_class(type(module))  # type: ignore[arg-type]
+        else:
+            module.register_forward_pre_hook(self.enter, prepend=True)
+            module.register_forward_hook(self.leave, always_call=True)
 
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.dropouts.enter(self, module.training)
@@ -100,14 +104,10 @@ def _site_number(name: str, repeat: int, call: int) -> int:
 
 
 class Dropouts:
-    """The state of the forward that is going on in one model; empty between forwards.
-
-    rows: set by what cuts the hidden states by rows (sequence parallel), None while they are full.
-    """
+    """The state of the forward that is going on in one model; empty between forwards."""
 
     def __init__(self, place: Place):
         self.place = place
-        self.rows: Rows | None = None
         self.watched: list[tuple[Any, str]] = []  # where probabilities are
         self.always = False  # a probability is somewhere in the code
         self.seed: torch.Tensor | None = None
@@ -118,6 +118,22 @@ class Dropouts:
     def armed(self) -> bool:
         return self.always or any(_number(getattr(owner, name, 0)) > 0 for owner, name in self.watched)
 
+    def watch(self, module: nn.Module) -> None:
+        """Where this module's probabilities are: attributes with "drop" in their name, its own or its config's."""
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            self.watched.append((module, "p"))
+            return
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        named = [n for n in (code.co_names if code is not None else ()) if "drop" in n]
+        config = getattr(module, "config", None)
+        numbers = [(module, n) for n, v in vars(module).items() if "drop" in n and isinstance(v, (int, float))]
+        self.watched += numbers
+        in_config = [(config, n) for n in named if isinstance(getattr(config, n, None), (int, float))]
+        self.watched += in_config
+        if named and not numbers and not in_config:
+            # F.dropout with a probability that is written there, unless the name is that of a child.
+            self.always |= not any(isinstance(getattr(module, n, None), nn.Module) for n in named)
+
     def enter(self, site: Site, training: bool) -> None:
         if self._top is None:
             if not training or not self.armed():
@@ -126,7 +142,7 @@ class Dropouts:
         self._top = _Frame(site, self._top)
         if self._top.repeat:
             site.repeated = True
-        if site.is_owner and site.inner is not None:
+        if site.opens_inner and site.inner is not None:
             site.inner.inside = False
 
     def leave(self, site: Site) -> None:
@@ -159,21 +175,18 @@ class Dropouts:
             torch.default_generator.set_state(self._restore)
         self._mode = self._restore = self.seed = None
 
-    def _layout(self, x: torch.Tensor) -> Layout:
+    def _part(self, x: torch.Tensor) -> Layout | None:
+        """Where a part of a tensor lies in the full one; None of a full tensor."""
         assert self._top is not None
-        inner = self._top.site.inner
-        if self.place.world_size > 1 and inner is not None and inner.inside:
-            return inner.layout(x, self._top.site.name)
-        rows = self.rows
-        if rows is not None and x.dim() >= 2 and x.shape[-2] == rows.stop - rows.start:
-            return x.dim() - 2, rows.full, [rows.start, rows.stop]
-        return 0, x.shape[0], [0, x.shape[0]]
-
-    def is_cut(self) -> bool:
-        """Tensors at this point may be parts."""
-        assert self._top is not None
-        inner = self._top.site.inner
-        return self.place.world_size > 1 and (self.rows is not None or (inner is not None and inner.inside))
+        site = self._top.site
+        if self.place.world_size == 1:
+            return None
+        if site.inner is not None and site.inner.inside:
+            return site.inner.layout(x, site.name)
+        rows = site.force.rows if site.force is not None else None
+        if rows is not None and (rows.fits(x) or (x.dim() == 2 and x.shape[0] == rows.mine)):
+            return x.dim() - 2, rows.num, [rows.begin, rows.begin + rows.mine]
+        return None
 
     def drop(self, x: torch.Tensor, p: float) -> torch.Tensor:
         """The dropout of this point of the forward."""
@@ -181,11 +194,14 @@ class Dropouts:
         assert frame is not None and self.seed is not None
         frame.calls += 1
         number = _site_number(frame.site.name, frame.repeat, frame.calls)
-        return keyed_dropout(x, self.seed, number, p, *self._layout(x))
+        return keyed_dropout(x, self.seed, number, p, *(self._part(x) or ()))
 
-    @property
-    def where(self) -> str:
-        return self._top.site.name if self._top is not None else ""
+    def refuse_part(self, what: str, x: torch.Tensor) -> None:
+        """Of kinds of dropout that are the same on all ranks on full tensors alone, where the generators are equal."""
+        if self._top is not None and self._part(x) is not None:
+            raise ValueError(
+                f"{self._top.site.name}: {what} on a part of a tensor would differ from one process's; use dropout"
+            )
 
 
 class _KeyedMode(TorchFunctionMode):
@@ -209,6 +225,8 @@ def _dropout(
     train: bool | None = None,
 ) -> torch.Tensor:  # fmt: skip
     inplace = inplace or func is torch.dropout_
+    if isinstance(input, GatheredRows):
+        input = input.gathered()
     training = training if train is None else train
     if not training or p == 0 or not input.is_floating_point():
         return F.dropout(input, p, training, inplace)
@@ -263,55 +281,35 @@ _OF_CHANNELS: set[Callable] = {
 def _refuse_parts(
     dropouts: Dropouts, func: Any, input: torch.Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> None:
-    """On full tensors these are the same on all ranks, since the generators are, during the forward."""
-    if training and p > 0 and dropouts.is_cut():
-        raise ValueError(
-            f"{dropouts.where}: {func.__name__} on a part of a tensor would differ from one process's; use dropout"
-        )
+    if training and p > 0:
+        dropouts.refuse_part(func.__name__, input)
 
 
 def _number(value: Any) -> float:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else 0
 
 
-def _watch(dropouts: Dropouts, module: nn.Module) -> None:
-    """Where this module's probabilities are: attributes with "drop" in their name, its own or its config's."""
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        dropouts.watched.append((module, "p"))
-        return
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    named = [n for n in (code.co_names if code is not None else ()) if "drop" in n]
-    config = getattr(module, "config", None)
-    own: list[tuple[Any, str]] = [
-        (module, n) for n, v in vars(module).items() if "drop" in n and isinstance(v, (int, float))
-    ]
-    own += [(config, n) for n in named if isinstance(getattr(config, n, None), (int, float))]
-    dropouts.watched += own
-    if named and not own and not any(isinstance(getattr(module, n, None), nn.Module) for n in named):
-        dropouts.always = True  # F.dropout with a probability that is written there
-
-
-def key_dropouts(root: nn.Module, inner: dict[str, Inner], place: Place) -> Dropouts:
-    """Makes every dropout in `root` keyed. inner: of the modules that have column and row layers, by name."""
+def key_dropouts(root: nn.Module, inner: dict[str, Inner], stacks: dict[str, RowsInForce], place: Place) -> Dropouts:
+    """Makes every dropout in `root` keyed. inner: of the modules that have column and row layers, by name; stacks: of
+    the lists of layers that keep their rows of the hidden states alone, by name."""
     dropouts = Dropouts(place)
-    modules = list(root.named_modules())
-    for name, module in modules:
-        _watch(dropouts, module)
+    root.__dict__["_pypar_dropouts"] = dropouts
+    for name, module in list(root.named_modules()):
+        dropouts.watch(module)
         is_leaf = not module._modules and type(module).__module__.startswith(("torch.nn.", "pypar."))
         if is_leaf and not isinstance(module, nn.modules.dropout._DropoutNd):
             continue  # nothing in there drops out; or its caller's name does for a site
-        above, found = name, inner.get(name)
-        while found is None and above:
-            above = above.rpartition(".")[0]
-            found = inner.get(above)
-        site = Site(dropouts, name, found, name in inner)
-        if hasattr(type(module), "gradient_checkpointing"):
-            module.__dict__["_pypar_site"] = site
-            module.__class__ = _checkpointed_class(type(module))  # type: ignore[arg-type]
-        else:
-            module.register_forward_pre_hook(site.enter, prepend=True)
-            module.register_forward_hook(site.leave, always_call=True)
+        site = Site(dropouts, name, _nearest(inner, name), _nearest(stacks, name))
+        site.opens_inner = name in inner
+        site.attach(module)
     return dropouts
+
+
+def _nearest(by_name: dict[str, Any], name: str) -> Any:
+    """Of the module or one above it."""
+    while name not in by_name and name:
+        name = name.rpartition(".")[0]
+    return by_name.get(name)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
 from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.lora import cut_adapters, without_adapters
 from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
 from pypar.tensor_parallel.plan import choose, log, resolve
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
@@ -57,7 +58,16 @@ def tensor_parallel(
     """
     if plan != "auto" and not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: give 'auto' or {{pattern: style}}")
-    place = place_of(group)
+    base: nn.Module = getattr(module, "get_base_model", lambda: module)()  # of peft's model
+    with without_adapters(base):
+        _cut_model(base, place_of(group), plan, sequence_parallel, loss_parallel)
+    cut_adapters(module)
+    return module
+
+
+def _cut_model(
+    module: nn.Module, place: Place, plan: str | dict[str, Any], sequence_parallel: bool, loss_parallel: bool
+) -> None:
     styles = _with_tied(module, choose(module) if isinstance(plan, str) else resolve(module, plan))
     targets, heads = targets_of(module, styles, place)
     _check_same_everywhere(module, targets, place)
@@ -74,11 +84,10 @@ def tensor_parallel(
         cut_alibi(module.get_submodule(name), its, place.rank)
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
-    use_sequence_parallel(module, stacks, targets, place)
+    forces = use_sequence_parallel(module, stacks, targets, place)
     if head is not None:
         use_loss_parallel(module, head)
-    key_dropouts(module, _inner_parts(module, targets, heads, place), place)
-    return module
+    key_dropouts(module, _inner_parts(module, targets, heads, place), forces, place)
 
 
 def _apply(root: nn.Module, target: Target, place: Place, made: dict[int, nn.Module]) -> None:
