@@ -253,20 +253,22 @@ def _attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    dtype = query.dtype
-    q, k, v = (t if dtype == torch.float64 else t.float() for t in (query, key, value))
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
-    if is_causal:
-        causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~causal, -torch.inf)
-    if attn_mask is not None:
-        is_bool = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-    nothing = (scores == -torch.inf).all(-1, keepdim=True)  # a query that may see no key gets zeros
-    probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    return (dropouts.drop(probabilities, dropout_p) @ v).to(dtype)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    with torch.autocast(device, enabled=False):
+        q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (query, key, value))
+        if enable_gqa:
+            k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+        scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
+        if is_causal:
+            causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            scores = scores.masked_fill(~causal, -torch.inf)
+        if attn_mask is not None:
+            is_bool = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)  # a query that may see no key gets zeros
+        probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        return (dropouts.drop(probabilities, dropout_p) @ v).to(dtype)
 
 
 _OF_CHANNELS: set[Callable] = {
@@ -325,5 +327,13 @@ def _checkpointed_class(base: type[nn.Module]) -> type[nn.Module]:
         finally:
             site.leave(self, args, None)
 
+    def reduce(self: Any, _protocol: Any) -> Any:
+        return _new_checkpointed, (base,), self.__dict__  # to be pickled though no module has this class
+
     names = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), names)
+    return type(base.__name__, (base,), {**names, "__reduce_ex__": reduce})
+
+
+def _new_checkpointed(base: type[nn.Module]) -> nn.Module:
+    cls = _checkpointed_class(base)  # type: ignore[arg-type]
+    return cls.__new__(cls)
