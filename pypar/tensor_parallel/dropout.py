@@ -119,14 +119,14 @@ class Dropouts:
         return self.always or any(_number(getattr(owner, name, 0)) > 0 for owner, name in self.watched)
 
     def watch(self, module: nn.Module) -> None:
-        """Where this module's probabilities are: attributes with "drop" in their name, its own or its config's."""
+        """Where this module's probabilities are: attributes with such names, its own or its config's."""
         if isinstance(module, nn.modules.dropout._DropoutNd):
             self.watched.append((module, "p"))
             return
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        named = [n for n in (code.co_names if code is not None else ()) if "drop" in n]
+        named = [n for n in (code.co_names if code is not None else ()) if _is_random(n)]
         config = getattr(module, "config", None)
-        numbers = [(module, n) for n, v in vars(module).items() if "drop" in n and isinstance(v, (int, float))]
+        numbers = [(module, n) for n, v in vars(module).items() if _is_random(n) and isinstance(v, (int, float))]
         self.watched += numbers
         in_config = [(config, n) for n in named if isinstance(getattr(config, n, None), (int, float))]
         self.watched += in_config
@@ -285,6 +285,10 @@ def _refuse_parts(
 ) -> None:
     if training and p > 0:
         dropouts.refuse_part(func.__name__, input)
+
+
+def _is_random(name: str) -> bool:
+    return any(word in name for word in ("drop", "jitter", "noise"))
 
 
 def _number(value: Any) -> float:

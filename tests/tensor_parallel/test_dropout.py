@@ -143,6 +143,27 @@ def test_activation_checkpoints():
     run_ranks(check_checkpoints, 2)
 
 
+class Nothing:
+    def drop(self, x, p):
+        return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_written_out_is_torchs(dtype):
+    q, k, v = (torch.randn(2, 4, s, 8, dtype=dtype) for s in (5, 7, 7))
+    for kwargs in (
+        {},
+        {"is_causal": True, "scale": 0.3},
+        {"attn_mask": torch.ones(5, 7, dtype=torch.bool).tril(-1)},  # the first query sees no key
+        {"attn_mask": torch.randn(5, 7).to(dtype)},
+        {"enable_gqa": True},
+    ):
+        heads = 2 if "enable_gqa" in kwargs else 4
+        found = dropout._attention(Nothing(), q, k[:, :heads], v[:, :heads], dropout_p=0.5, **kwargs)
+        wanted = F.scaled_dot_product_attention(q, k[:, :heads], v[:, :heads], **kwargs)
+        torch.testing.assert_close(found, wanted)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
