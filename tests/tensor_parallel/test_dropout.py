@@ -78,7 +78,7 @@ def steps(model):
 def check_models(rank, world):
     results = {}
     for name in MODELS:
-        for sequence in (False, True):
+        for sequence in (False, True) if name.startswith(("gpt2, sdpa", "opt")) else (False,):
             with pytest.MonkeyPatch.context() as patch:
                 model = pypar.tensor_parallel(build(name), sequence_parallel=sequence)
                 record = Record(patch)
@@ -161,7 +161,8 @@ def test_attention_written_out_is_torchs(dtype):
         heads = 2 if "enable_gqa" in kwargs else 4
         found = dropout._attention(Nothing(), q, k[:, :heads], v[:, :heads], dropout_p=0.5, **kwargs)
         wanted = F.scaled_dot_product_attention(q, k[:, :heads], v[:, :heads], **kwargs)
-        torch.testing.assert_close(found, wanted)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, wanted, rtol=4 * eps, atol=4 * eps)
 
 
 class Attention(nn.Module):
