@@ -22,7 +22,7 @@ from pypar.ops import keyed_dropout
 from pypar.tensor_parallel.cut import Cut
 from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.rows import GatheredRows
-from pypar.tensor_parallel.seed import fork_generator, forward_seed
+from pypar.tensor_parallel.seed import fork_generator, forward_seed, is_ours
 from pypar.tensor_parallel.sequence import RowsInForce
 from pypar.tensor_parallel.shards import Place
 
@@ -112,6 +112,7 @@ class Dropouts:
         self.always = False  # a probability is somewhere in the code
         self.seed: torch.Tensor | None = None
         self._top: _Frame | None = None
+        self._outer: Site | None = None
         self._mode: _KeyedMode | None = None
         self._restore: torch.Tensor | None = None
 
@@ -135,6 +136,8 @@ class Dropouts:
             self.always |= not any(isinstance(getattr(module, n, None), nn.Module) for n in named)
 
     def enter(self, site: Site, training: bool) -> None:
+        if not torch.compiler.is_compiling() and self._outer is site:  # an interrupt ended its last forward
+            self._end()
         if self._top is None:
             if not training or not self.armed():
                 return
@@ -163,7 +166,7 @@ class Dropouts:
                     f"{site.name} is called several times in a forward, so that in its activation checkpoint it can't "
                     "be told which call's dropout to do again: put the checkpoint around what calls it"
                 )
-            self._restore = None if is_again else fork_generator(seed)
+            self._restore, self._outer = None if is_again else fork_generator(seed), site
             self.seed = torch.tensor(seed, dtype=torch.int64)
         self._mode = _KeyedMode(self)
         self._mode.__enter__()
@@ -171,9 +174,9 @@ class Dropouts:
     def _end(self) -> None:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
-        if self._restore is not None:
-            torch.default_generator.set_state(self._restore)
-        self._mode = self._restore = self.seed = None
+        if self._restore is not None and is_ours(torch.default_generator.initial_seed()):
+            torch.default_generator.set_state(self._restore)  # else somebody has seeded it in the meantime
+        self._top = self._outer = self._mode = self._restore = self.seed = None
 
     def _part(self, x: torch.Tensor) -> Layout | None:
         """Where a part of a tensor lies in the full one; None of a full tensor."""

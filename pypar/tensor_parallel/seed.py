@@ -12,6 +12,10 @@ _BITS = 48
 _OURS = 0x5059 << _BITS
 
 
+def is_ours(seed: int) -> bool:
+    return seed >> _BITS << _BITS == _OURS
+
+
 def forward_seed(group_name: str) -> tuple[int, bool]:
     """The seed, and whether it is that of a forward which is run again.
 
@@ -19,7 +23,7 @@ def forward_seed(group_name: str) -> tuple[int, bool]:
     steps says how the run goes on.
     """
     current = torch.default_generator.initial_seed()
-    if current >> _BITS << _BITS == _OURS:
+    if is_ours(current):
         return current, True
     drawn = torch.randint(1 << _BITS, (1,), dtype=torch.int64)
     drawn = torch.ops.pypar.broadcast(drawn, 0, group_name)

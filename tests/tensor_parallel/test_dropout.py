@@ -206,6 +206,10 @@ class Model(nn.Module):
         return self.mlp(self.mlp(x) + torch.rand(()))
 
 
+def interrupt(x):
+    raise KeyboardInterrupt
+
+
 def check_own(rank, world):
     model = pypar.tensor_parallel(Model())
     torch.manual_seed(100 + rank)
@@ -223,13 +227,18 @@ def check_own(rank, world):
         parts = [model.attention(x), model.mlp(x), model.mlp(x)]  # by themselves
         assert not torch.equal(parts[1], parts[2])
     model.eval()
-    state = torch.get_rng_state()
+    before = torch.get_rng_state()
     model.attention(x)
-    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn where nothing is dropped"
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn where nothing is dropped"
     with pytest.raises(RuntimeError):
         model.train()(torch.zeros(2, 5, 3))
     torch.manual_seed(100 + rank)
     assert torch.equal(model(x), first), "a forward that failed leaves nothing behind"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "relu", interrupt)
+        model(x)
+    torch.set_rng_state(state)
+    assert torch.equal(model(x), second), "nor does an interrupt"
     if world > 1:
         for shape, match in (
             ("cut off", r"mlp: dropout on a tensor of shape \(2, 5, 1\)"),
