@@ -64,7 +64,8 @@ BLOCKS = {
     "LlamaMLP": (lambda: llama.LlamaMLP(llama.LlamaConfig(**CONFIG)), "auto"),
     "LlamaAttention": (LlamaAttention, "auto"),
 }
-CLOSE = {None: {"rtol": 1e-5, "atol": 1e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+# Gradients of size 1 to 10; those of the keys' biases are 0 but for rounding.
+CLOSE = {None: {"rtol": 1e-5, "atol": 5e-6}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
 def build(name):
