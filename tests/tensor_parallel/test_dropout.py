@@ -246,6 +246,8 @@ def check_own(rank, world):
         ):
             with pytest.raises(ValueError, match=match):
                 pypar.tensor_parallel(Model(shape))(x)
+    if world == 3:
+        return [first.detach(), *(p.detach() for p in parts)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.manual_seed(100 + rank)
     again = compiled(x.clone())

@@ -116,7 +116,9 @@ def check(rank, world, name, sequence):
         found = steps(model, gather_full_grads, gather_full_state)
         assert found.keys() == wanted.keys(), (order, found.keys() ^ wanted.keys())
         for n, tensor in wanted.items():
-            torch.testing.assert_close(found[n], tensor, **CLOSE, msg=lambda m, n=n, o=order: f"{o}: {n}: {m}")
+            torch.testing.assert_close(
+                found[n], tensor, **CLOSE, msg=lambda m, n=n, o=order: f"{name}, {sequence}, {o}: {n}: {m}"
+            )
         assert frozen
         for n, p in model.named_parameters():
             if n in frozen:
@@ -134,14 +136,16 @@ def check(rank, world, name, sequence):
         torch.testing.assert_close(alone, base(name).eval()(input_ids=IDS, use_cache=False).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_parity(name):
-    run_ranks(check, 2, name, False)
+def check_all(rank, world):
+    for name in MODELS:
+        check(rank, world, name, False)
+    for name in ("llama, 1 kv head, biases", "gpt2"):
+        check(rank, world, name, True)
+    check_errors(rank, world)
 
 
-@pytest.mark.parametrize("name", ["llama, 1 kv head, biases", "gpt2"])
-def test_parity_with_sequence_parallel(name):
-    run_ranks(check, 2, name, True)
+def test_parity():
+    run_ranks(check_all, 2)
 
 
 def check_dropout(rank, world):
@@ -181,7 +185,3 @@ def check_errors(rank, world):
     with pytest.raises(ValueError, match="names no module"):
         pypar.tensor_parallel(model, plan={"layers.*.nothing": "colwise"})
     assert str(model) == before, "nothing is changed"
-
-
-def test_errors():
-    run_ranks(check_errors, 2)
