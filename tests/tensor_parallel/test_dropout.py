@@ -246,12 +246,11 @@ def check_own(rank, world):
         ):
             with pytest.raises(ValueError, match=match):
                 pypar.tensor_parallel(Model(shape))(x)
-    if world == 3:
-        return [first.detach(), *(p.detach() for p in parts)]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(100 + rank)
-    again = compiled(x.clone())
-    assert (again == 0).eq(first == 0).all(), "the masks of compiled code are the same"
+    if world < 3:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(100 + rank)
+        again = compiled(x.clone())
+        assert (again == 0).eq(first == 0).all(), "the masks of compiled code are the same"
     return [first.detach(), *(p.detach() for p in parts)]
 
 
