@@ -3,6 +3,7 @@
 from pypar.tensor_parallel.clip import clip_grad_norm_
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.lora import cut_adapters
 from pypar.tensor_parallel.loss import VocabParallelCrossEntropy
 from pypar.tensor_parallel.parallelize import check_plan, tensor_parallel
 from pypar.tensor_parallel.state import (
@@ -19,6 +20,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "check_plan",
     "clip_grad_norm_",
+    "cut_adapters",
     "gather_full_grads",
     "gather_full_optimizer_state",
     "gather_full_state",

@@ -11,7 +11,7 @@ from torch import nn
 
 from pypar.tensor_parallel.cut import Cut, even_cut
 from pypar.tensor_parallel.exchange import reduce_out
-from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of, shards_of
 
 
 class _VocabParallel(nn.Embedding):
@@ -43,6 +43,16 @@ class _VocabParallel(nn.Embedding):
         if self.padding_idx is not None:  # autograd drops the gradient of this row, where this rank has it
             here = self._start <= self.padding_idx < self._stop
             self.padding_idx = self.padding_idx - self._start if here else None
+
+    def reset_parameters(self) -> None:
+        """Draws the full embedding and keeps this rank's part, as the constructor does: for those made on "meta"."""
+        shards = shards_of(self)
+        if not shards:  # it is still the full one
+            return super().reset_parameters()
+        size = self.num_embeddings, self.embedding_dim, self.full_padding_idx
+        full = nn.Embedding(*size, device=self.weight.device, dtype=self.weight.dtype)
+        with torch.no_grad():
+            self.weight.copy_(shards["weight"].take(full.weight))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._start == self._stop:

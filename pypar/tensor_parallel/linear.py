@@ -14,7 +14,7 @@ from pypar import ops
 from pypar.tensor_parallel.cut import Cut, even_cut
 from pypar.tensor_parallel.exchange import copy_in, gather_last, split_last, sum_copies
 from pypar.tensor_parallel.rows import GatheredRows
-from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
+from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of, shards_of
 
 if TYPE_CHECKING:
     from pypar.tensor_parallel.sequence import RowsInForce
@@ -90,6 +90,21 @@ class _ParallelLinear(nn.Linear):
                 f"{place.world_size} ranks"
             )
         self._cut_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the full layer and keeps this rank's part, as the constructor does: for layers made on "meta"."""
+        shards = shards_of(self)
+        if not shards:  # it is still the full one
+            return super().reset_parameters()
+        has_bias = self.bias is not None
+        full = nn.Linear(self.in_features, self.out_features, has_bias, self.weight.device, self.weight.dtype)
+        with torch.no_grad():
+            if self.transposed:  # Hugging Face's Conv1D
+                nn.init.normal_(full.weight, std=0.02)
+                nn.init.zeros_(full.bias)
+                full.weight = nn.Parameter(full.weight.t())
+            for name, parameter in full.named_parameters():
+                self._parameters[name].copy_(shards[name].take(parameter) if name in shards else parameter)  # type: ignore[union-attr]
 
     def _cut_features(self) -> tuple[int, str]:
         raise NotImplementedError

@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from pypar.tensor_parallel.dropout import Inner, key_dropouts
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
+from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from pypar.tensor_parallel.lora import cut_adapters, without_adapters
 from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
 from pypar.tensor_parallel.plan import choose, log, resolve
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of
@@ -55,7 +58,16 @@ def tensor_parallel(
     """
     if plan != "auto" and not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: give 'auto' or {{pattern: style}}")
-    place = place_of(group)
+    base: nn.Module = getattr(module, "get_base_model", lambda: module)()  # of peft's model
+    with without_adapters(base):
+        _cut_model(base, place_of(group), plan, sequence_parallel, loss_parallel)
+    cut_adapters(module)
+    return module
+
+
+def _cut_model(
+    module: nn.Module, place: Place, plan: str | dict[str, Any], sequence_parallel: bool, loss_parallel: bool
+) -> None:
     styles = _with_tied(module, choose(module) if isinstance(plan, str) else resolve(module, plan))
     targets, heads = targets_of(module, styles, place)
     _check_same_everywhere(module, targets, place)
@@ -72,10 +84,10 @@ def tensor_parallel(
         cut_alibi(module.get_submodule(name), its, place.rank)
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
-    use_sequence_parallel(module, stacks, targets, place)
+    forces = use_sequence_parallel(module, stacks, targets, place)
     if head is not None:
         use_loss_parallel(module, head)
-    return module
+    key_dropouts(module, _inner_parts(module, targets, heads, place), forces, place)
 
 
 def check_plan(
@@ -128,20 +140,46 @@ def _apply(root: nn.Module, target: Target, place: Place, made: dict[int, nn.Mod
         setattr(parent, target.leaf, new)
 
 
+def _caller(root: nn.Module, name: str) -> str:
+    """The nearest module above with a forward, which a ModuleList or ModuleDict hasn't."""
+    above = name.rpartition(".")[0]
+    while above and isinstance(root.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
+        above = above.rpartition(".")[0]
+    return above
+
+
+def _inner_parts(root: nn.Module, targets: list[Target], heads: dict[str, Heads], place: Place) -> dict[str, Inner]:
+    """Of the modules that call column or row layers: where between these their tensors are parts."""
+    parts: dict[str, Inner] = {}
+    for target in targets:
+        kind, layer = target.style.kind, root.get_submodule(target.parent if target.dim is not None else target.name)
+        if target.style.full_side or target.dim is not None or kind not in ("column", "column_qkv", "row"):
+            continue
+        assert target.cut is not None
+        part = parts.setdefault(_caller(root, target.name), Inner(place))
+        if kind == "row":
+            part.cuts.insert(0, target.cut)
+            layer.register_forward_hook(part.leave)
+        else:
+            part.cuts.append(target.cut)
+            layer.register_forward_hook(part.enter)
+    for name, its in heads.items():
+        part = parts.setdefault(_caller(root, f"{name}.x"), Inner(place))
+        part.heads = its
+        part.cuts.insert(0, its.query_cut())
+    return parts
+
+
 def _share_inputs(root: nn.Module, columns: list[str], place: Place) -> None:
     """The column layers that one module's forward calls copy the tensor that they read once.
 
-    That module is the nearest one above with a forward: a ModuleList or ModuleDict has none, and nothing would clear
-    what they share.
+    What they share is cleared when that module is called.
     """
     callers: dict[nn.Module, list[ColumnParallelLinear]] = {}
     for name in columns:
-        above = name.rpartition(".")[0]
-        while above and isinstance(root.get_submodule(above), (nn.ModuleList, nn.ModuleDict)):
-            above = above.rpartition(".")[0]
         layer = root.get_submodule(name)
         assert isinstance(layer, ColumnParallelLinear)
-        callers.setdefault(root.get_submodule(above), []).append(layer)
+        callers.setdefault(root.get_submodule(_caller(root, name)), []).append(layer)
     for caller, layers in callers.items():
         if len(layers) > 1:
             shared = SharedInput(place.group_name)

@@ -57,12 +57,14 @@ def stacks_of(root: nn.Module, targets: list[Target]) -> list[Stack]:
     return stacks
 
 
-def use_sequence_parallel(root: nn.Module, stacks: list[Stack], targets: list[Target], place: Place) -> None:
-    for name, layers in stacks if place.world_size > 1 else []:
-        _attach(root, name, layers, targets, place)
+def use_sequence_parallel(
+    root: nn.Module, stacks: list[Stack], targets: list[Target], place: Place
+) -> dict[str, RowsInForce]:
+    """Puts the hooks there; of each stack, by name, what says how its rows lie."""
+    return {n: _attach(root, n, layers, targets, place) for n, layers in (stacks if place.world_size > 1 else [])}
 
 
-def _attach(root: nn.Module, name: str, layers: list[nn.Module], targets: list[Target], place: Place) -> None:
+def _attach(root: nn.Module, name: str, layers: list[nn.Module], targets: list[Target], place: Place) -> RowsInForce:
     owner_name = name.rpartition(".")[0]
     owner = root.get_submodule(owner_name)
     final = next((n for n in _FINAL_NORMS if _is_norm(getattr(owner, n, None))), None)
@@ -84,6 +86,7 @@ def _attach(root: nn.Module, name: str, layers: list[nn.Module], targets: list[T
         ByRow(force, uncut(norm), final=True).attach(norm)
     StackHooks(force, owner_name).attach(owner)
     log.info("%s: sequence parallel, gathered by %s; in a layer %s", name, final or "the last layer", kinds)
+    return force
 
 
 def _attach_part(part: nn.Module, name: str, targets: list[Target], force: RowsInForce) -> str:

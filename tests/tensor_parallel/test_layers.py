@@ -105,6 +105,37 @@ def check_construction(rank, world):
             assert all(torch.equal(t, wanted[n]) for n, t in gather_full_state(twin).items())
 
 
+def check_made_on_meta(rank, world):
+    """Materialised later, by drawing or by loading: the full layer's numbers."""
+    for parallel, plain in (
+        (lambda: pypar.ColumnParallelLinear(6, 7), lambda: nn.Linear(6, 7)),
+        (lambda: pypar.RowParallelLinear(7, 6), lambda: nn.Linear(7, 6)),
+        (lambda: pypar.VocabParallelEmbedding(11, 5, padding_idx=2), lambda: nn.Embedding(11, 5, padding_idx=2)),
+    ):
+        with torch.device("meta"):
+            layer = parallel()
+        assert layer.weight.is_meta
+        full = seeded(plain)
+        seeded(layer.to_empty(device="cpu").reset_parameters)
+        assert all(torch.equal(t, full.state_dict()[n]) for n, t in gather_full_state(layer).items())
+    with torch.device("meta"):
+        model = pypar.tensor_parallel(TwoLayers(), plan=TWO_LAYERS).to_empty(device="cpu")
+    full = seeded(TwoLayers)
+    model.load_state_dict(full.state_dict())
+    assert all(torch.equal(t, full.state_dict()[n]) for n, t in gather_full_state(model).items())
+    seeded(lambda: [m.reset_parameters() for m in (model.embed, model.up, model.down)])
+    assert all(torch.equal(t, full.state_dict()[n]) for n, t in gather_full_state(model).items())
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(11, 5), nn.Linear(5, 9), nn.Linear(9, 5)
+
+
+TWO_LAYERS = {"embed": "embedding_rowwise", "up": "colwise", "down": "rowwise"}
+
+
 def check_frozen_and_half(rank, world):
     full = seeded(lambda: nn.Linear(6, 7))
     full.weight.requires_grad_(False)
@@ -145,6 +176,7 @@ def check(rank, world):
     check_row(rank, world)
     check_embedding(rank, world)
     check_construction(rank, world)
+    check_made_on_meta(rank, world)
     check_frozen_and_half(rank, world)
     check_errors(rank, world)
 
