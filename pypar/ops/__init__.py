@@ -5,6 +5,7 @@ from pypar.ops.all_gather_matmul import all_gather_matmul
 from pypar.ops.all_reduce import all_reduce
 from pypar.ops.all_to_all import all_to_all
 from pypar.ops.broadcast import broadcast
+from pypar.ops.fixed_matmul import fixed_matmul
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
@@ -16,6 +17,7 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "fixed_matmul",
     "linear_vocab_cross_entropy",
     "matmul_all_reduce",
     "matmul_reduce_scatter",

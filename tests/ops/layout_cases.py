@@ -1,0 +1,59 @@
+"""What the tests of determinism "layout" share: one problem, cut for 1, 2, 4 and 8 ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from pypar.testing import run_ranks
+
+WORLDS = (1, 2, 4, 8)
+
+
+def virtual_sizes(full: int, world: int) -> list[int]:
+    """What each rank holds of a dim so that its part is made of whole virtual shards."""
+    shards = [len(s) for s in torch.arange(full).tensor_split(8)]
+    per = 8 // world
+    return [sum(shards[r * per : (r + 1) * per]) for r in range(world)]
+
+
+def mine(full: torch.Tensor, rank: int, world: int, dim: int) -> torch.Tensor:
+    return full.split(virtual_sizes(full.shape[dim], world), dim)[rank]
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def assert_same_bits(found: dict, wanted: dict, what: object) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, (what, name)
+        differ = (bits(found[name]) != bits(tensor)).sum().item()
+        assert not differ, f"{what}: {name} differs in {differ} of {tensor.numel()} elements"
+
+
+def whole(results: list[dict]) -> dict:
+    """From what each rank returns, {(name, how): tensor}: how None is the same on every rank, a number is the dim along
+    which the ranks hold parts, "sum" adds."""
+    joined = {}
+    for name, how in results[0]:
+        parts = [r[name, how] for r in results]
+        if how is None:
+            for rank, part in enumerate(parts):
+                assert torch.equal(bits(part), bits(parts[0])), f"{name} on rank {rank}"
+            joined[name] = parts[0]
+        else:
+            joined[name] = sum(parts[1:], parts[0]) if how == "sum" else torch.cat(parts, how)
+    return joined
+
+
+def check_all_worlds(fn, *args) -> None:
+    """fn(rank, world, *args) -> {case: {(name, how): tensor}}, whose wholes must have the same bits in every world."""
+    wanted = None
+    for world in WORLDS:
+        results = run_ranks(fn, world, *args)
+        found = {case: whole([r[case] for r in results]) for case in results[0]}
+        wanted = wanted or found
+        assert found.keys() == wanted.keys()
+        for case in wanted:
+            assert_same_bits(found[case], wanted[case], f"{case} on {world} ranks")
