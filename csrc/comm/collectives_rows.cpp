@@ -157,7 +157,7 @@ void Communicator::reduce_scatter_rows(const int64_t* rows, int64_t row_items, c
       copy_bytes(data, items.parts[static_cast<size_t>(dst)] + begin * item, static_cast<size_t>(num * item));
     };
     const auto more_items = items_of(more, rows[rank()], item);
-    return reduce_scatter_rows(items.counts.data(), 1, take, out, more_items, deadline, dtype);
+    return reduce_scatter_rows(items.counts.data(), 1, take, out, more_items, deadline, dtype, how);
   }
   guarded([&] {
     const int64_t total = std::accumulate(rows, rows + world(), int64_t{0});
@@ -231,7 +231,7 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
     auto take = [&](int64_t begin, int64_t num, void* data) {
       copy_bytes(data, items.memory.data() + begin * item, static_cast<size_t>(num * item));
     };
-    return all_reduce_rows(rows * row_items, 1, take, out, items_of(more, rows, item), deadline, dtype);
+    return all_reduce_rows(rows * row_items, 1, take, out, items_of(more, rows, item), deadline, dtype, how);
   }
   guarded([&] {
     Call call(*this, Op::all_reduce_rows, dtype, how.order, static_cast<uint64_t>(rows * row_items), how.facts,

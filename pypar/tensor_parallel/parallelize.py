@@ -70,8 +70,8 @@ def tensor_parallel(
     sequence_parallel = sequence_parallel or any(s.sequence for s in styles.values())
     if sequence_parallel and determinism == "layout":
         raise ValueError(
-            "determinism 'layout' with sequence parallel: the gradients of norms would add rows in an order that depends "
-            "on the number of ranks; use one of them"
+            "determinism 'layout' with sequence parallel: the gradients of norms would add rows in an order that "
+            "depends on the number of ranks; use one of them"
         )
     stacks = stacks_of(module, targets) if sequence_parallel else []
     head = loss_head(module, targets) if loss_parallel else None

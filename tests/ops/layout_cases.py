@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from pypar.testing import run_ranks
 
@@ -47,13 +48,19 @@ def whole(results: list[dict]) -> dict:
     return joined
 
 
-def check_all_worlds(fn, *args) -> None:
-    """fn(rank, world, *args) -> {case: {(name, how): tensor}}, whose wholes must have the same bits in every world."""
+def in_all_worlds(rank, _, fn):
+    groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
+    return {world: fn(rank, world, group.group_name) for world, group in groups.items() if rank < world}
+
+
+def check_all_worlds(fn) -> None:
+    """fn(rank, world, group_name) -> {case: {(name, how): tensor}}, whose wholes have the same bits in every world."""
+    results = run_ranks(in_all_worlds, max(WORLDS), fn)
     wanted = None
     for world in WORLDS:
-        results = run_ranks(fn, world, *args)
-        found = {case: whole([r[case] for r in results]) for case in results[0]}
+        of_ranks = [r[world] for r in results[:world]]
+        found = {case: whole([r[case] for r in of_ranks]) for case in of_ranks[0]}
         wanted = wanted or found
-        assert found.keys() == wanted.keys()
+        assert found and found.keys() == wanted.keys()
         for case in wanted:
             assert_same_bits(found[case], wanted[case], f"{case} on {world} ranks")

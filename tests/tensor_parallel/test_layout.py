@@ -75,9 +75,12 @@ def step(model, autocast=False):
     return found | {(f"gradient of {n}", None): g for n, g in gather_full_grads(model).items()}
 
 
-def models(rank, world):
-    found = {n: step(pypar.tensor_parallel(build(n), determinism="layout")) for n in MODELS}
-    found["llama, autocast"] = step(pypar.tensor_parallel(build("llama"), determinism="layout"), autocast=True)
+def models(rank, world, group):
+    found = {n: step(pypar.tensor_parallel(build(n), group, determinism="layout")) for n in MODELS}
+    found["llama, autocast"] = step(pypar.tensor_parallel(build("llama"), group, determinism="layout"), autocast=True)
+    cut_loss = pypar.tensor_parallel(build("llama"), group, determinism="layout", loss_parallel=True)
+    found["llama, loss_parallel"] = step(cut_loss)
+    del found["llama, loss_parallel"]["logits", None]  # of the own columns
     return found
 
 
@@ -98,15 +101,15 @@ def close_to_one_process(rank, world):
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def layers(rank, world):
+def layers(rank, world, group):
     """Standing alone, with what the model doesn't have: gathered outputs, split inputs, an input without gradient."""
     found = {}
     torch.manual_seed(2)
     linears = nn.Linear(19, 43), nn.Linear(43, 19)
     x, factor = torch.randn(5, 3, 19), torch.randn(5, 3, 19)
     for needs in (True, False):
-        column = pypar.ColumnParallelLinear.from_linear(linears[0], gather_output=True, determinism="layout")
-        row = pypar.RowParallelLinear.from_linear(linears[1], split_input=True, determinism="layout")
+        column = pypar.ColumnParallelLinear.from_linear(linears[0], group, gather_output=True, determinism="layout")
+        row = pypar.RowParallelLinear.from_linear(linears[1], group, split_input=True, determinism="layout")
         given = x.clone().requires_grad_(needs)
         y = row(column(given))
         (y * factor).sum().backward()
