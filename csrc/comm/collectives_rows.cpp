@@ -249,8 +249,7 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
           if (part(c) == 0) return;
           srcs.clear();
           for (int r = 0; r < call.world; ++r) srcs.push_back(call.slot(r, round));
-          sum_rows(offset(out, c * piece * row_bytes), srcs, c * piece, part(c), row_items, dtype, more,
-                   how.order);
+          sum_rows(offset(out, c * piece * row_bytes), srcs, c * piece, part(c), row_items, dtype, more, how.order);
         },
         [](uint64_t) {});
   });

@@ -68,8 +68,8 @@ struct Deadline {
   static Deadline after(std::chrono::milliseconds timeout);
 };
 
-// How the ranks' shares of rows are added: ReduceOp::sum, in rank order, or ReduceOp::tree, ((0 + 1) + (2 + 3)) + ..., for
-// ranks that are a power of two. facts: what else all ranks must give alike, in one number.
+// How the ranks' shares of rows are added: ReduceOp::sum, in rank order, or ReduceOp::tree, ((0 + 1) + (2 + 3)) + ...,
+// for ranks that are a power of two. facts: what else all ranks must give alike, in one number.
 struct RowSum {
   ReduceOp order = ReduceOp::sum;
   uint64_t facts = 0;

@@ -32,7 +32,8 @@ struct Task {
   double smoothing;
   at::Tensor kept;  // what `targets` points to
   bool layout = false;
-  std::vector<int64_t> begins;  // of the own virtual shards, and the end of the last; without determinism "layout" of one
+  std::vector<int64_t>
+      begins;  // of the own virtual shards, and the end of the last; without determinism "layout" of one
 
   Task(const char* name, int64_t columns, const at::Tensor& target, int64_t num_rows,
        c10::OptionalArrayRef<int64_t> given_sizes, int64_t ignored, double label_smoothing, c10::string_view group,
@@ -110,8 +111,9 @@ void check_agreement(const Facts& rank_0s, const Facts& theirs, int r, const Tas
   if (same_sizes && theirs.task == rank_0s.task) return;
   throw PeerError(
       "the ranks of group '" + task.group_name + "' disagree in " + task.op + ": rank " + std::to_string(r) + " has " +
-      (same_sizes ? "another target, ignore_index, label_smoothing or determinism than rank 0; they must be the same on all"
-                  : "other sizes of the vocabulary's shards than rank 0; give `sizes`, the same on all ranks"));
+      (same_sizes
+           ? "another target, ignore_index, label_smoothing or determinism than rank 0; they must be the same on all"
+           : "other sizes of the vocabulary's shards than rank 0; give `sizes`, the same on all ranks"));
 }
 
 const std::byte* row_of(const at::Tensor& x, int64_t t) {
