@@ -25,12 +25,15 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def assert_same_bits(found: dict, wanted: dict, what: object) -> None:
+def differences(found: dict, wanted: dict, what: object) -> list[str]:
     assert found.keys() == wanted.keys()
+    seen = []
     for name, tensor in wanted.items():
         assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, (what, name)
         differ = (bits(found[name]) != bits(tensor)).sum().item()
-        assert not differ, f"{what}: {name} differs in {differ} of {tensor.numel()} elements"
+        if differ:
+            seen.append(f"{what}: {name} differs in {differ} of {tensor.numel()} elements")
+    return seen
 
 
 def whole(results: list[dict]) -> dict:
@@ -56,11 +59,12 @@ def in_all_worlds(rank, _, fn):
 def check_all_worlds(fn) -> None:
     """fn(rank, world, group_name) -> {case: {(name, how): tensor}}, whose wholes have the same bits in every world."""
     results = run_ranks(in_all_worlds, max(WORLDS), fn)
-    wanted = None
+    wanted, wrong = None, []
     for world in WORLDS:
         of_ranks = [r[world] for r in results[:world]]
         found = {case: whole([r[case] for r in of_ranks]) for case in of_ranks[0]}
         wanted = wanted or found
         assert found and found.keys() == wanted.keys()
         for case in wanted:
-            assert_same_bits(found[case], wanted[case], f"{case} on {world} ranks")
+            wrong += differences(found[case], wanted[case], f"{case} on {world} ranks")
+    assert not wrong, "\n".join(wrong)
