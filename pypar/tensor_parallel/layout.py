@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pypar.ops.fixed_matmul import fixed_row_sum
 from pypar.ops.library import VIRTUAL_SHARDS, virtual_shards
@@ -116,3 +118,37 @@ def check_targets(targets: Iterable[Any], rank: int) -> None:
                 f"{target.name}: determinism 'layout' has no row-parallel layer of {len(sizes)} packed blocks; use "
                 "determinism 'run'"
             )
+
+
+class _DenseMatmuls(TorchFunctionMode):
+    """torch.matmul of batches, with both factors made contiguous first.
+
+    It does that itself, or not, as strides and the number of heads allow, and passes what it didn't copy to the BLAS as
+    a transposed factor, whose product has other bits: in eager attention of one (key and value) head per rank.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        batches = len(args) == 2 and all(isinstance(a, torch.Tensor) and a.dim() > 2 for a in args)
+        if batches and func in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__):
+            args = tuple(a.contiguous() for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+class _InForward:
+    def __init__(self) -> None:
+        self.entered: list[_DenseMatmuls] = []
+
+    def enter(self, *_: Any) -> None:
+        self.entered.append(_DenseMatmuls())
+        self.entered[-1].__enter__()
+
+    def leave(self, *_: Any) -> None:
+        if self.entered:  # else a hook before this one has failed
+            self.entered.pop().__exit__(None, None, None)
+
+
+def use_dense_matmuls(attention: nn.Module) -> None:
+    """Eager attention's products have the same bits whatever the number of heads that a rank has of them."""
+    hooks = _InForward()
+    attention.register_forward_pre_hook(hooks.enter)
+    attention.register_forward_hook(hooks.leave, always_call=True)

@@ -12,6 +12,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
+from pypar.tensor_parallel.layout import use_dense_matmuls
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
 from pypar.tensor_parallel.plan import choose, log, resolve
@@ -81,6 +82,8 @@ def tensor_parallel(
     for name, its in heads.items():
         its.fix_counts(module.get_submodule(name), place.rank)
         cut_alibi(module.get_submodule(name), its, place.rank)
+        if determinism == "layout":
+            use_dense_matmuls(module.get_submodule(name))
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
     use_sequence_parallel(module, stacks, targets, place)

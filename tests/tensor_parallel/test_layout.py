@@ -33,10 +33,10 @@ GPT2 = {
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
-# name: (model type, settings, type of the weights). Eager attention where each of 8 ranks has two heads: of one head
-# torch.matmul copies nothing, so that it asks the BLAS for a transposed product, which has other bits.
+# name: (model type, settings, type of the weights); attention is eager unless the name says other
 MODELS = {
     "llama": ("llama", {"num_key_value_heads": 8}, torch.float32),
+    "llama, sdpa": ("llama", {"num_key_value_heads": 8}, torch.float32),
     "llama, tied, biases, 16 heads on 8": (
         "llama",
         {
@@ -58,7 +58,7 @@ def build(name):
     kind, settings, dtype = MODELS[name]
     torch.manual_seed(1)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **settings})
-    config._attn_implementation = "eager" if "16 heads" in name else "sdpa"
+    config._attn_implementation = "sdpa" if "sdpa" in name else "eager"
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
