@@ -127,6 +127,16 @@ def test_same_bits_on_1_2_4_and_8_ranks(fn):
     check_all_worlds(fn)
 
 
+def run_level(rank, world, name):
+    x, w = (mine(matrix(i, 30, 2176, torch.float32), rank, world, 1) for i in range(2))
+    return {"run": {("y", None): ops.matmul_all_reduce(x, w, name)}}
+
+
+def test_the_comparison_sees_what_layout_is_for():
+    with pytest.raises(AssertionError, match="run on 8 ranks: y differs in"):
+        check_all_worlds(run_level)
+
+
 def integers(rank, world):
     """Sums that are exact in any order: both levels, and the references of both, give the same bits."""
     for (M, K, N), dtype in cases(FLOATS[:2]):
