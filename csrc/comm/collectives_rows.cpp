@@ -19,9 +19,40 @@ int64_t rows_within(size_t bytes, int64_t row_bytes) {
   return static_cast<int64_t>(bytes) / std::max<int64_t>(1, row_bytes);
 }
 
+// out = the sum of srcs along a binary tree (of two it is the sum in order), then of `more`; out may be one of them.
+void sum_tree(std::byte* out, const std::vector<const void*>& srcs, const std::vector<const void*>& more, int64_t count,
+              DType dtype) {
+  constexpr int64_t kItems = 512;
+  const auto item = static_cast<int64_t>(item_size(dtype));
+  std::vector<std::byte> sums(srcs.size() / 2 * static_cast<size_t>(kItems * item));
+  std::vector<const void*> level, last;
+  for (int64_t begin = 0; begin < count; begin += kItems) {
+    const int64_t num = std::min(kItems, count - begin);
+    level.clear();
+    for (const void* src : srcs) level.push_back(offset(src, begin * item));
+    for (; level.size() > 1; level.resize(level.size() / 2)) {
+      for (size_t i = 0; i < level.size() / 2; ++i) {
+        const void* pair[] = {level[2 * i], level[2 * i + 1]};
+        std::byte* sum = sums.data() + static_cast<int64_t>(i) * kItems * item;
+        reduce_rows(sum, pair, 2, num, dtype, ReduceOp::sum);
+        level[i] = sum;
+      }
+    }
+    last = level;
+    for (const void* src : more) last.push_back(offset(src, begin * item));
+    reduce_rows(out + begin * item, last.data(), static_cast<int>(last.size()), num, dtype, ReduceOp::sum);
+  }
+}
+
 // out = the sum of srcs and of what `more` appends.
 void sum_rows(void* out, std::vector<const void*>& srcs, int64_t begin, int64_t num, int64_t row_items, DType dtype,
-              const std::function<void(int64_t, int64_t, std::vector<const void*>&)>& more) {
+              const std::function<void(int64_t, int64_t, std::vector<const void*>&)>& more,
+              ReduceOp order = ReduceOp::sum) {
+  if (order == ReduceOp::tree && srcs.size() > 2) {
+    std::vector<const void*> after;
+    if (more) more(begin, num, after);
+    return sum_tree(static_cast<std::byte*>(out), srcs, after, num * row_items, dtype);
+  }
   if (more) more(begin, num, srcs);
   reduce_rows(out, srcs.data(), static_cast<int>(srcs.size()), num * row_items, dtype, ReduceOp::sum);
 }
@@ -107,7 +138,7 @@ void Communicator::all_gather_rows(const void* in, const int64_t* rows, int64_t 
 }
 
 void Communicator::reduce_scatter_rows(const int64_t* rows, int64_t row_items, const ProduceRows& produce, void* out,
-                                       const MoreRows& more, Deadline deadline, DType dtype) {
+                                       const MoreRows& more, Deadline deadline, DType dtype, RowSum how) {
   const auto item = static_cast<int64_t>(item_size(dtype));
   const int64_t row_bytes = row_items * item;
   if (world() == 1) {
@@ -126,12 +157,12 @@ void Communicator::reduce_scatter_rows(const int64_t* rows, int64_t row_items, c
       copy_bytes(data, items.parts[static_cast<size_t>(dst)] + begin * item, static_cast<size_t>(num * item));
     };
     const auto more_items = items_of(more, rows[rank()], item);
-    return reduce_scatter_rows(items.counts.data(), 1, take, out, more_items, deadline, dtype);
+    return reduce_scatter_rows(items.counts.data(), 1, take, out, more_items, deadline, dtype, how);
   }
   guarded([&] {
     const int64_t total = std::accumulate(rows, rows + world(), int64_t{0});
-    Call call(*this, Op::reduce_scatter_rows, dtype, ReduceOp::sum, static_cast<uint64_t>(total * row_items),
-              hash_sizes(rows, world()), deadline);
+    Call call(*this, Op::reduce_scatter_rows, dtype, how.order, static_cast<uint64_t>(total * row_items),
+              hash_sizes(rows, world()) ^ how.facts, deadline);
     const int me = call.me, world = call.world;
     const int64_t largest = *std::max_element(rows, rows + world);
     auto part = [&](int64_t c, int r) {
@@ -157,14 +188,14 @@ void Communicator::reduce_scatter_rows(const int64_t* rows, int64_t row_items, c
           call.wait_all(round);
           srcs.clear();
           for (int r = 0; r < world; ++r) srcs.push_back(r == me ? mine : call.slot(r, round) + place(me, r));
-          sum_rows(mine, srcs, c * piece, num, row_items, dtype, more);
+          sum_rows(mine, srcs, c * piece, num, row_items, dtype, more, how.order);
         },
         [](uint64_t) {});
   });
 }
 
 void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRows& produce, void* out,
-                                   const MoreRows& more, Deadline deadline, DType dtype) {
+                                   const MoreRows& more, Deadline deadline, DType dtype, RowSum how) {
   const auto item = static_cast<int64_t>(item_size(dtype));
   const int64_t row_bytes = row_items * item;
   if (world() > 2 && rows * row_bytes > kOneShotBytes) {
@@ -184,7 +215,7 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
         [&](int64_t begin, int64_t num, std::vector<const void*>& srcs) {
           if (more) more(before_me + begin, num, srcs);
         },
-        deadline, dtype);
+        deadline, dtype, how);
     return all_gather(parts[static_cast<size_t>(rank())], bytes.data(), parts.data(), deadline, dtype);
   }
   if (world() == 1) {
@@ -200,10 +231,11 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
     auto take = [&](int64_t begin, int64_t num, void* data) {
       copy_bytes(data, items.memory.data() + begin * item, static_cast<size_t>(num * item));
     };
-    return all_reduce_rows(rows * row_items, 1, take, out, items_of(more, rows, item), deadline, dtype);
+    return all_reduce_rows(rows * row_items, 1, take, out, items_of(more, rows, item), deadline, dtype, how);
   }
   guarded([&] {
-    Call call(*this, Op::all_reduce_rows, dtype, ReduceOp::sum, static_cast<uint64_t>(rows * row_items), 0, deadline);
+    Call call(*this, Op::all_reduce_rows, dtype, how.order, static_cast<uint64_t>(rows * row_items), how.facts,
+              deadline);
     auto part = [&](int64_t c) {
       return std::clamp<int64_t>(rows - c * piece, 0, piece);
     };
@@ -217,7 +249,7 @@ void Communicator::all_reduce_rows(int64_t rows, int64_t row_items, const MakeRo
           if (part(c) == 0) return;
           srcs.clear();
           for (int r = 0; r < call.world; ++r) srcs.push_back(call.slot(r, round));
-          sum_rows(offset(out, c * piece * row_bytes), srcs, c * piece, part(c), row_items, dtype, more);
+          sum_rows(offset(out, c * piece * row_bytes), srcs, c * piece, part(c), row_items, dtype, more, how.order);
         },
         [](uint64_t) {});
   });

@@ -68,6 +68,13 @@ struct Deadline {
   static Deadline after(std::chrono::milliseconds timeout);
 };
 
+// How the ranks' shares of rows are added: ReduceOp::sum, in rank order, or ReduceOp::tree, ((0 + 1) + (2 + 3)) + ...,
+// for ranks that are a power of two. facts: what else all ranks must give alike, in one number.
+struct RowSum {
+  ReduceOp order = ReduceOp::sum;
+  uint64_t facts = 0;
+};
+
 class Communicator {
  public:
   // Collective over the mesh.
@@ -116,11 +123,11 @@ class Communicator {
   using ProduceRows = std::function<void(int dst, int64_t begin, int64_t num, void* data)>;
   using MoreRows = std::function<void(int64_t begin, int64_t num, std::vector<const void*>& srcs)>;
   void reduce_scatter_rows(const int64_t* rows, int64_t row_items, const ProduceRows& produce, void* out,
-                           const MoreRows& more, Deadline deadline, DType dtype);
+                           const MoreRows& more, Deadline deadline, DType dtype, RowSum how = {});
   // Every rank gets the sum of all `rows` rows.
   using MakeRows = std::function<void(int64_t begin, int64_t num, void* data)>;
   void all_reduce_rows(int64_t rows, int64_t row_items, const MakeRows& produce, void* out, const MoreRows& more,
-                       Deadline deadline, DType dtype);
+                       Deadline deadline, DType dtype, RowSum how = {});
 
   // Collective: makes [base, base + bytes) of `fd` a symmetric window; all ranks give the same size.
   std::shared_ptr<Window> rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline);

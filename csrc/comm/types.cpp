@@ -22,7 +22,8 @@ const char* name_of(DType dtype) {
 }
 
 const char* name_of(ReduceOp op) {
-  constexpr const char* kNames[] = {"sum", "avg", "product", "min", "max", "band", "bor", "bxor", "none"};
+  constexpr const char* kNames[] = {"sum", "avg",  "product",          "min", "max", "band",
+                                    "bor", "bxor", "sum along a tree", "none"};
   return kNames[static_cast<size_t>(op)];
 }
 

@@ -10,7 +10,7 @@
 namespace pypar {
 
 enum class DType : uint8_t { u8, i8, i16, i32, i64, f16, bf16, f32, f64, boolean, bytes };
-enum class ReduceOp : uint8_t { sum, avg, product, min, max, band, bor, bxor, none };
+enum class ReduceOp : uint8_t { sum, avg, product, min, max, band, bor, bxor, tree, none };
 enum class Op : uint8_t {
   none,
   barrier,

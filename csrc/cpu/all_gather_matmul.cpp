@@ -4,7 +4,7 @@
 
 #include <torch/library.h>
 
-#include "cpu/matmul.h"
+#include "cpu/layout.h"
 
 namespace pypar {
 
@@ -55,7 +55,8 @@ std::pair<int, int> rank_and_world(const std::string& group_name) {
 
 std::vector<at::Tensor> all_gather_matmul(const at::Tensor& x, at::TensorList weights,
                                           const c10::List<std::optional<at::Tensor>>& biases,
-                                          c10::OptionalArrayRef<int64_t> splits, c10::string_view group_name) {
+                                          c10::OptionalArrayRef<int64_t> splits, c10::string_view group_name,
+                                          c10::string_view determinism) {
   constexpr const char* kOp = "all_gather_matmul";
   return with_python_errors([&] {
     check_matrix(kOp, "x", x, {});
@@ -63,6 +64,7 @@ std::vector<at::Tensor> all_gather_matmul(const at::Tensor& x, at::TensorList we
                       weights.size(), " weights");
     const auto [rank, world] = rank_and_world(std::string(group_name));
     const Rows rows(kOp, x, splits, world, rank);
+    const bool layout = is_layout(kOp, determinism);
     std::vector<at::Tensor> ys;
     for (const at::Tensor& w : weights) {
       Sizes sizes(kOp);
@@ -74,7 +76,11 @@ std::vector<at::Tensor> all_gather_matmul(const at::Tensor& x, at::TensorList we
       for (size_t i = 0; i < weights.size(); ++i) {
         at::Tensor y = ys[i].narrow(0, row, block.size(0));
         const std::optional<at::Tensor> bias = biases.empty() ? std::nullopt : biases.get(i);
-        if (bias.has_value() && bias->defined()) {
+        if (layout) {
+          at::Tensor sum = fixed_mm(block, weights[i]);
+          Epilogue(kOp, bias, std::nullopt, block.size(0), y.size(1), y).add_to(sum);
+          y.copy_(sum);
+        } else if (bias.has_value() && bias->defined()) {
           at::addmm_out(y, *bias, block, weights[i].t());
         } else {
           mm_into(y, block, weights[i], false);

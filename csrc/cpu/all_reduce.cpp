@@ -1,6 +1,6 @@
 #include <torch/library.h>
 
-#include "cpu/tensors.h"
+#include "cpu/layout.h"
 
 namespace pypar {
 
@@ -43,11 +43,29 @@ void all_reduce_(at::Tensor& x, c10::string_view op, c10::string_view group_name
   });
 }
 
+// x [shares of this rank, ...]: the sum of all ranks' shares along a tree.
+at::Tensor all_reduce_shares(const at::Tensor& x, c10::string_view group_name) {
+  constexpr const char* kOp = "all_reduce_shares";
+  return with_python_errors([&] {
+    check_cpu_tensor(kOp, "x", x);
+    const int64_t world = process_group_of(std::string(group_name))->getSize();
+    TORCH_CHECK_VALUE(x.dim() > 0 && at::isFloatingType(x.scalar_type()), kOp, ": x is ", x.scalar_type(), x.sizes(),
+                      ", expected shares of a floating type");
+    TORCH_CHECK_VALUE(x.size(0) * world == kVirtualShards, kOp, ": x has ", x.size(0), " shares on each of ", world,
+                      " ranks, expected ", kVirtualShards, " in all");
+    at::Tensor share = tree_sum(x.to(wide_type(x.scalar_type())).unbind());
+    const int64_t cols = share.dim() > 1 ? std::max<int64_t>(1, share.size(-1)) : 1;
+    const at::Tensor rows = share.contiguous().view({share.numel() / cols, cols});
+    return tree_all_reduce(rows, {ReduceOp::tree, 0}, std::string(group_name)).view(share.sizes()).to(x.scalar_type());
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pypar, CPU, m) {
   m.impl("all_reduce", all_reduce);
   m.impl("all_reduce_", all_reduce_);
+  m.impl("all_reduce_shares", all_reduce_shares);
 }
 
 }  // namespace pypar

@@ -1,5 +1,7 @@
 #include "cpu/matmul.h"
 
+#include "cpu/layout.h"
+
 namespace pypar {
 
 void Sizes::bind(const char* tensor, int64_t size, const char* name) {
@@ -82,20 +84,19 @@ void Epilogue::add_to(at::Tensor& y) const {
   if (residual_.defined()) y.add_(residual_);
 }
 
-namespace {
-
-at::ScalarType accumulator_of(at::ScalarType type) {
-  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-}
-
-}  // namespace
-
 WeightGrad::WeightGrad(int64_t rows, int64_t cols, at::ScalarType type)
-    : sum_(at::empty({rows, cols}, at::TensorOptions().dtype(accumulator_of(type)))), type_(type) {}
+    : sum_(at::empty({rows, cols}, at::TensorOptions().dtype(wide_type(type)))), type_(type) {}
 
-void WeightGrad::add(const at::Tensor& dy, const at::Tensor& x) {
+void WeightGrad::add(const at::Tensor& dy, const at::Tensor& x, bool fixed) {
   const bool same = sum_.scalar_type() == type_;
-  if (empty_) {
+  if (fixed) {
+    const at::Tensor more = fixed_mm(dy.t(), x.t());
+    if (empty_) {
+      sum_.copy_(more);
+    } else {
+      sum_.add_(more);
+    }
+  } else if (empty_) {
     if (same) {
       at::mm_out(sum_, dy.t(), x);
     } else {

@@ -55,7 +55,8 @@ class Epilogue {
 class WeightGrad {
  public:
   WeightGrad(int64_t rows, int64_t cols, at::ScalarType type);
-  void add(const at::Tensor& dy, const at::Tensor& x);
+  // fixed: by fixed_mm.
+  void add(const at::Tensor& dy, const at::Tensor& x, bool fixed = false);
   at::Tensor sum();     // unrounded
   at::Tensor result();  // of the type of the factors
 

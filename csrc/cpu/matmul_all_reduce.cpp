@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "cpu/matmul.h"
+#include "cpu/layout.h"
 
 namespace pypar {
 
@@ -11,9 +11,17 @@ namespace {
 constexpr const char* kOp = "matmul_all_reduce";
 
 at::Tensor matmul_all_reduce(at::TensorList xs, at::TensorList weights, const std::optional<at::Tensor>& bias,
-                             const std::optional<at::Tensor>& residual, c10::string_view group_name) {
+                             const std::optional<at::Tensor>& residual, c10::string_view group_name,
+                             c10::string_view determinism, c10::OptionalArrayRef<int64_t> sizes) {
   return with_python_errors([&] {
     const auto [M, N] = check_products(kOp, xs, weights);
+    if (is_layout(kOp, determinism)) {
+      const LayoutShare share(kOp, xs, weights, sizes, std::string(group_name));
+      const Epilogue epilogue(kOp, bias, residual, M, N, xs[0]);
+      at::Tensor y = tree_all_reduce(share.sum, share.how, std::string(group_name));
+      epilogue.add_to(y);
+      return y.to(xs[0].scalar_type());
+    }
     at::Tensor y = at::empty({M, N}, xs[0].options());
     Epilogue epilogue(kOp, bias, residual, M, N, y);
     auto product = [&](int64_t begin, int64_t num, at::Tensor out) {

@@ -4,7 +4,8 @@
 
 #include <torch/library.h>
 
-#include "cpu/matmul.h"
+#include "cpu/layout.h"
+#include "cpu/reduce.h"
 
 namespace pypar {
 
@@ -12,9 +13,27 @@ namespace {
 
 constexpr const char* kOp = "matmul_reduce_scatter";
 
+at::Tensor tree_reduce_scatter(const LayoutShare& share, const std::vector<int64_t>& counts,
+                               const std::vector<int64_t>& begins, size_t rank, const std::string& group_name) {
+  const auto communicator = find_communicator(group_name);
+  if (communicator == nullptr) return tree_of_gathered(share.sum, group_name).narrow(0, begins[rank], counts[rank]);
+  at::Tensor sum = at::empty({counts[rank], share.sum.size(1)}, share.sum.options());
+  const auto row_bytes = share.sum.size(1) * share.sum.element_size();
+  const auto* data = static_cast<const std::byte*>(share.sum.const_data_ptr());
+  communicator->reduce_scatter_rows(
+      counts.data(), share.sum.size(1),
+      [&](int dst, int64_t begin, int64_t num, void* to) {
+        const auto* from = data + (begins[static_cast<size_t>(dst)] + begin) * row_bytes;
+        copy_bytes(to, from, static_cast<size_t>(num * row_bytes));
+      },
+      sum.mutable_data_ptr(), nullptr, communicator->default_deadline(), dtype_of(sum), share.how);
+  return sum;
+}
+
 at::Tensor matmul_reduce_scatter(at::TensorList xs, at::TensorList weights, const std::optional<at::Tensor>& bias,
                                  const std::optional<at::Tensor>& residual, c10::OptionalArrayRef<int64_t> splits,
-                                 c10::string_view group_name) {
+                                 c10::string_view group_name, c10::string_view determinism,
+                                 c10::OptionalArrayRef<int64_t> sizes) {
   return with_python_errors([&] {
     const auto [M, N] = check_products(kOp, xs, weights);
     const auto group = process_group_of(std::string(group_name));
@@ -24,6 +43,12 @@ at::Tensor matmul_reduce_scatter(at::TensorList xs, at::TensorList weights, cons
     std::partial_sum(counts.begin(), counts.end() - 1, begins.begin() + 1);
     at::Tensor y = at::empty({counts[rank], N}, xs[0].options());
     Epilogue epilogue(kOp, bias, residual, counts[rank], N, y);
+    if (is_layout(kOp, determinism)) {
+      const LayoutShare share(kOp, xs, weights, sizes, std::string(group_name));
+      at::Tensor sum = tree_reduce_scatter(share, counts, begins, rank, std::string(group_name));
+      epilogue.add_to(sum);
+      return sum.to(y.scalar_type());
+    }
     auto product = [&](int64_t begin, int64_t num, at::Tensor out) {
       for (size_t i = 0; i < xs.size(); ++i) mm_into(out, xs[i].narrow(0, begin, num), weights[i], i != 0);
     };

@@ -7,7 +7,7 @@
 
 #include <torch/library.h>
 
-#include "cpu/matmul.h"
+#include "cpu/layout.h"
 #include "cpu/vocab_rows.h"
 
 namespace pypar {
@@ -31,9 +31,13 @@ struct Task {
   int64_t rows, ignore_index;
   double smoothing;
   at::Tensor kept;  // what `targets` points to
+  bool layout = false;
+  std::vector<int64_t>
+      begins;  // of the own virtual shards, and the end of the last; without determinism "layout" of one
 
   Task(const char* name, int64_t columns, const at::Tensor& target, int64_t num_rows,
-       c10::OptionalArrayRef<int64_t> given_sizes, int64_t ignored, double label_smoothing, c10::string_view group)
+       c10::OptionalArrayRef<int64_t> given_sizes, int64_t ignored, double label_smoothing, c10::string_view group,
+       c10::string_view determinism = "run")
       : op(name), group_name(group), rows(num_rows), ignore_index(ignored), smoothing(label_smoothing) {
     const auto process_group = process_group_of(group_name);
     rank = process_group->getRank(), world = process_group->getSize();
@@ -48,6 +52,8 @@ struct Task {
       begin += r < rank ? size : 0;
       total += size;
     }
+    layout = is_layout(op, determinism);
+    begins = layout ? virtual_begins(op, "the vocabulary", sizes, rank) : std::vector<int64_t>{0, columns};
     TORCH_CHECK_VALUE(smoothing >= 0 && smoothing <= 1, op, ": label_smoothing is ", smoothing,
                       ", expected a number from 0 to 1");
     check_cpu_tensor(op, "target", target);
@@ -86,6 +92,7 @@ struct Facts {
     for (int64_t n : task.sizes) add(facts.sizes, n);
     for (int64_t t = first; t < first + num; ++t) add(facts.task, task.targets[t]);
     add(facts.task, task.ignore_index);
+    add(facts.task, task.layout);
     add(facts.task, __builtin_bit_cast(int64_t, task.smoothing));
     return facts;
   }
@@ -104,8 +111,9 @@ void check_agreement(const Facts& rank_0s, const Facts& theirs, int r, const Tas
   if (same_sizes && theirs.task == rank_0s.task) return;
   throw PeerError(
       "the ranks of group '" + task.group_name + "' disagree in " + task.op + ": rank " + std::to_string(r) + " has " +
-      (same_sizes ? "another target, ignore_index or label_smoothing than rank 0; they must be the same on all"
-                  : "other sizes of the vocabulary's shards than rank 0; give `sizes`, the same on all ranks"));
+      (same_sizes
+           ? "another target, ignore_index, label_smoothing or determinism than rank 0; they must be the same on all"
+           : "other sizes of the vocabulary's shards than rank 0; give `sizes`, the same on all ranks"));
 }
 
 const std::byte* row_of(const at::Tensor& x, int64_t t) {
@@ -126,39 +134,63 @@ at::Tensor gather(const at::Tensor& x, const Task& task) {
   }
 }
 
+// Of columns next to each other, from what is known of either part.
+RowStats merge(const RowStats& a, const RowStats& b) {
+  const double max = b.max > a.max ? b.max : a.max;
+  auto scaled = [max](const RowStats& s) {
+    return s.sum == 0 ? 0 : s.max == max ? s.sum : s.sum * std::exp(s.max - max);
+  };
+  return {max, scaled(a) + scaled(b), a.total + b.total};
+}
+
+// Along a tree; parts is a power of two of them, and overwritten.
+RowStats merge(std::vector<RowStats>& parts) {
+  for (size_t num = parts.size(); num > 1; num /= 2) {
+    for (size_t i = 0; i < num / 2; ++i) parts[i] = merge(parts[2 * i], parts[2 * i + 1]);
+  }
+  return parts[0];
+}
+
 struct Sums {
   double loss = 0;
   int64_t count = 0;
 };
 
 // Rows [first, first + rows of logits) of the task: adds their losses, and writes max and sum of e^(x - max) over the
-// whole vocabulary to stats[0] and stats[1] (0 and 1 where the target is ignored).
-template <typename T>
+// whole vocabulary to stats[0] and stats[1] (0 and 1 where the target is ignored). Message: what the ranks send each
+// other; for determinism "layout" not rounded, since how many sums are sent depends on the number of ranks.
+template <typename T, typename Message>
 void add_losses(Sums& sums, T* max_out, T* sum_out, const at::Tensor& logits, const Task& task, int64_t first) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const int planes = task.smoothing > 0 ? 4 : 3;  // max, sum, the target's logit, the sum of the logits
-  constexpr int64_t kFacts = sizeof(Facts) / sizeof(T);
-  at::Tensor mine = at::zeros({1, kFacts + planes * rows}, at::TensorOptions().dtype(wide_type(logits)));
-  T* out = mine.mutable_data_ptr<T>();
+  constexpr int64_t kFacts = sizeof(Facts) / sizeof(Message);
+  at::Tensor mine = at::zeros({1, kFacts + planes * rows}, at::CppTypeToScalarType<Message>::value);
+  auto* out = mine.mutable_data_ptr<Message>();
   const Facts facts = Facts::of(task, first, rows);
   std::memcpy(out, &facts, sizeof facts);
   out += kFacts;
   const DType dtype = dtype_of(logits);
+  std::vector<RowStats> parts;
   for (int64_t t = 0; t < rows; ++t) {
     if (task.ignores(first + t)) continue;
-    const RowStats s = row_stats(row_of(logits, t), columns, dtype, planes == 4);
-    out[t] = static_cast<T>(s.max), out[rows + t] = static_cast<T>(s.sum);
+    parts.clear();
+    for (size_t p = 0; p + 1 < task.begins.size(); ++p) {
+      const int64_t begin = task.begins[p], num = task.begins[p + 1] - begin;
+      parts.push_back(row_stats(row_of(logits, t) + begin * logits.element_size(), num, dtype, planes == 4));
+    }
+    const RowStats s = merge(parts);
+    out[t] = static_cast<Message>(s.max), out[rows + t] = static_cast<Message>(s.sum);
     if (const int64_t v = task.own_column(first + t); v >= 0) {
       const RowStats target = row_stats(row_of(logits, t) + v * logits.element_size(), 1, dtype, true);
-      out[2 * rows + t] = static_cast<T>(target.total);
+      out[2 * rows + t] = static_cast<Message>(target.total);
     }
-    if (planes == 4) out[3 * rows + t] = static_cast<T>(s.total);
+    if (planes == 4) out[3 * rows + t] = static_cast<Message>(s.total);
   }
 
   const at::Tensor all = gather(mine, task);
-  std::vector<const T*> of;
+  std::vector<const Message*> of;
   for (int r = 0; r < task.world; ++r) {
-    of.push_back(all.const_data_ptr<T>() + r * all.stride(0));
+    of.push_back(all.const_data_ptr<Message>() + r * all.stride(0));
     check_agreement(Facts::at(all.const_data_ptr()), Facts::at(of.back()), r, task);
     of.back() += kFacts;
   }
@@ -166,8 +198,15 @@ void add_losses(Sums& sums, T* max_out, T* sum_out, const at::Tensor& logits, co
     max_out[t] = 0, sum_out[t] = 1;
     if (task.ignores(first + t)) continue;
     double max = -kInfinity, sum = 0, total = 0;
-    for (const T* s : of) max = s[t] > max ? static_cast<double>(s[t]) : max;
-    for (const T* s : of) {
+    if (task.layout) {
+      parts.clear();
+      for (const Message* s : of) parts.push_back({s[t], s[rows + t], planes == 4 ? s[3 * rows + t] : 0});
+      const RowStats s = merge(parts);
+      max = s.max, sum = s.sum, total = s.total;
+    }
+    for (const Message* s : of) max = s[t] > max ? static_cast<double>(s[t]) : max;
+    for (const Message* s : of) {
+      if (task.layout) break;
       const double scale = s[t] == max ? 1.0 : std::exp(static_cast<double>(s[t]) - max);
       if (s[rows + t] != 0) sum += static_cast<double>(s[rows + t]) * scale;
       if (planes == 4) total += static_cast<double>(s[3 * rows + t]);
@@ -185,8 +224,9 @@ void add_losses(Sums& sums, T* max_out, T* sum_out, const at::Tensor& logits, co
 
 void add_losses(Sums& sums, at::Tensor stats, const at::Tensor& logits, const Task& task, int64_t first) {
   AT_DISPATCH_FLOATING_TYPES(stats.scalar_type(), "vocab_cross_entropy", [&] {
-    add_losses(sums, stats.mutable_data_ptr<scalar_t>(), stats.mutable_data_ptr<scalar_t>() + stats.stride(0), logits,
-               task, first);
+    auto* max = stats.mutable_data_ptr<scalar_t>();
+    auto* const add = task.layout ? add_losses<scalar_t, double> : add_losses<scalar_t, scalar_t>;
+    add(sums, max, max + stats.stride(0), logits, task, first);
   });
 }
 
@@ -223,11 +263,13 @@ std::pair<at::Tensor, at::Tensor> scalars(const Sums& sums, at::TensorOptions op
 std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                                                                    c10::OptionalArrayRef<int64_t> sizes,
                                                                    int64_t ignore_index, double label_smoothing,
-                                                                   c10::string_view group_name) {
+                                                                   c10::string_view group_name,
+                                                                   c10::string_view determinism) {
   constexpr const char* kOp = "vocab_cross_entropy";
   return with_python_errors([&] {
     check_matrix(kOp, "logits", logits, {});
-    const Task task(kOp, logits.size(1), target, logits.size(0), sizes, ignore_index, label_smoothing, group_name);
+    const Task task(kOp, logits.size(1), target, logits.size(0), sizes, ignore_index, label_smoothing, group_name,
+                    determinism);
     at::Tensor stats = at::empty({2, logits.size(0)}, logits.options().dtype(wide_type(logits)));
     Sums sums;
     add_losses(sums, stats, readable(logits), task, 0);
@@ -257,7 +299,7 @@ at::Tensor vocab_cross_entropy_dlogits(const at::Tensor& logits, const at::Tenso
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_vocab_cross_entropy(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, c10::OptionalArrayRef<int64_t> sizes,
     int64_t ignore_index, double label_smoothing, int64_t chunk_rows, bool needs_dhidden, bool needs_dweight,
-    c10::string_view group_name) {
+    c10::string_view group_name, c10::string_view determinism) {
   constexpr const char* kOp = "linear_vocab_cross_entropy";
   return with_python_errors([&] {
     check_matrix(kOp, "hidden", hidden, {}), check_matrix(kOp, "weight", weight, hidden);
@@ -265,10 +307,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_vocab_cross_en
     shapes.last("hidden", hidden, "K"), shapes.last("weight", weight, "K");
     TORCH_CHECK_VALUE(chunk_rows > 0, kOp, ": chunk_rows is ", chunk_rows, ", expected at least 1");
     const int64_t rows = hidden.size(0), columns = weight.size(0);
-    const Task task(kOp, columns, target, rows, sizes, ignore_index, label_smoothing, group_name);
+    const Task task(kOp, columns, target, rows, sizes, ignore_index, label_smoothing, group_name, determinism);
     const auto wide = hidden.options().dtype(wide_type(hidden));
     at::Tensor buffer = at::empty({std::min(chunk_rows, rows), columns}, hidden.options());
-    at::Tensor dhidden = at::empty({needs_dhidden ? rows : 0, hidden.size(1)}, hidden.options());
+    at::Tensor dhidden = at::empty({needs_dhidden ? rows : 0, hidden.size(1)}, task.layout ? wide : hidden.options());
+    RowSum how;
     WeightGrad dweight(needs_dweight ? columns : 0, hidden.size(1), hidden.scalar_type());
     Sums sums;
     int64_t first = 0;
@@ -276,14 +319,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_vocab_cross_en
       const int64_t num = std::min(chunk_rows, rows - first);
       const at::Tensor x = hidden.narrow(0, first, num);
       at::Tensor logits = buffer.narrow(0, 0, num), stats = at::empty({2, num}, wide);
-      mm_into(logits, x, weight, false);
+      if (task.layout) {
+        logits.copy_(fixed_mm(x, weight));
+      } else {
+        mm_into(logits, x, weight, false);
+      }
       add_losses(sums, stats, logits, task, first);
       if (needs_dhidden || needs_dweight) write_grads(logits, logits, stats, 1.0, task, first);
-      if (needs_dhidden) mm_into(dhidden.narrow(0, first, num), logits, weight.t(), false);
-      if (needs_dweight) dweight.add(logits, x);
+      if (needs_dhidden && task.layout) {
+        const LayoutShare share(kOp, {logits}, {weight.t()}, at::IntArrayRef(task.sizes), task.group_name);
+        dhidden.narrow(0, first, num).copy_(share.sum);
+        how = share.how;
+      } else if (needs_dhidden) {
+        mm_into(dhidden.narrow(0, first, num), logits, weight.t(), false);
+      }
+      if (needs_dweight) dweight.add(logits, x, task.layout);
       first += num;
     } while (first < rows);
-    if (needs_dhidden) {
+    if (needs_dhidden && task.layout) {
+      dhidden = tree_all_reduce(dhidden, how, task.group_name).to(hidden.scalar_type());
+    } else if (needs_dhidden) {
       static const auto all_reduce_ = c10::Dispatcher::singleton()
                                           .findSchemaOrThrow("pypar::all_reduce_", "")
                                           .typed<void(at::Tensor&, c10::string_view, c10::string_view)>();

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.fixed_matmul import fixed_row_sum
 from pypar.ops.library import autocast, define, name_of
 from pypar.reference.all_gather_matmul import all_gather_matmul as reference
-from pypar.reference.collectives import from_all_ranks, size_of
+from pypar.reference.collectives import from_all_ranks, is_layout, size_of, virtual_shards
 
 Tensors = Sequence[torch.Tensor]
 
@@ -18,7 +19,12 @@ def _total(x: torch.Tensor, splits: list[int] | None, group_name: str) -> int:
 
 
 def _fake(
-    x: torch.Tensor, weights: Tensors, biases: Sequence[torch.Tensor | None], splits: list[int] | None, group_name: str
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Sequence[torch.Tensor | None],
+    splits: list[int] | None,
+    group_name: str,
+    determinism: str = "run",
 ) -> list[torch.Tensor]:
     return [x.new_empty(_total(x, splits, group_name), w.shape[0]) for w in weights]
 
@@ -42,7 +48,8 @@ def _reference_both(
 
 
 define(
-    "all_gather_matmul(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[]? splits, str group_name) -> Tensor[]",
+    "all_gather_matmul(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[]? splits, str group_name, "
+    "str determinism='run') -> Tensor[]",
     reference,
     _fake,
 )
@@ -69,32 +76,41 @@ class _AllGatherMatmul(torch.autograd.Function):
         x: torch.Tensor,
         group_name: str,
         splits: list[int] | None,
+        determinism: str,
+        sizes: list[int] | None,
         num_weights: int,
         *weights_and_biases: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         weights, biases = weights_and_biases[:num_weights], weights_and_biases[num_weights:]
         ctx.save_for_backward(x, *weights)
-        ctx.group_name, ctx.splits = group_name, splits
-        has_bias = any(b is not None for b in biases)
-        return tuple(torch.ops.pypar.all_gather_matmul(x, weights, biases if has_bias else [], splits, group_name))
+        ctx.group_name, ctx.splits, ctx.determinism, ctx.sizes = group_name, splits, determinism, sizes
+        given = biases if any(b is not None for b in biases) else []
+        return tuple(torch.ops.pypar.all_gather_matmul(x, weights, given, splits, group_name, determinism))
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
-        needs_x, _, _, _, *needs = ctx.needs_input_grad
-        num = len(weights)
+        needs_x, _, _, _, _, _, *needs = ctx.needs_input_grad
+        num, layout = len(weights), is_layout(ctx.determinism)
+        rows = ctx.splits if ctx.splits is not None else [x.shape[0]] * size_of(ctx.group_name)
         dweights: list[torch.Tensor | None] = [None] * num
         wanted = [i for i in range(num) if needs[i]]
-        if wanted:
+        if wanted and layout:  # over all rows in one order, which takes them all at once
+            columns = torch.ops.pypar.all_gather(x.contiguous(), ctx.group_name, rows).t()
+            for i in wanted:
+                dweights[i] = torch.ops.pypar.fixed_matmul(dys[i].t(), columns)
+        elif wanted:
             dws = torch.ops.pypar.all_gather_matmul_dw(x, [dys[i] for i in wanted], ctx.splits, ctx.group_name)
             for i, dw in zip(wanted, dws, strict=True):
                 dweights[i] = dw
         dx = None
         if needs_x:
-            rows = ctx.splits if ctx.splits is not None else [x.shape[0]] * size_of(ctx.group_name)
-            dx = torch.ops.pypar.matmul_reduce_scatter(dys, [w.t() for w in weights], None, None, rows, ctx.group_name)
-        dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, needs[num:], strict=True)]
-        return dx, None, None, None, *dweights, *dbiases
+            dx = torch.ops.pypar.matmul_reduce_scatter(
+                dys, [w.t() for w in weights], None, None, rows, ctx.group_name, ctx.determinism, ctx.sizes
+            )
+        row_sum = fixed_row_sum if layout else lambda dy: dy.sum(0)
+        dbiases = [row_sum(dy) if need else None for dy, need in zip(dys, needs[num:], strict=True)]
+        return dx, None, None, None, None, None, *dweights, *dbiases
 
 
 def all_gather_matmul(
@@ -103,24 +119,36 @@ def all_gather_matmul(
     group: dist.ProcessGroup | str | None = None,
     biases: Sequence[torch.Tensor | None] | None = None,
     splits: list[int] | None = None,
+    determinism: str = "run",
+    sizes: Sequence[list[int]] | None = None,
 ) -> list[torch.Tensor]:
     """y_i = (x of all ranks, one below the other) @ w_i.T + b_i.
 
     Shapes         x [M_r, K] sharded over M, w_i [N_i/R, K] sharded over N, b_i [N_i/R]; y_i [M, N_i/R]. M = the sum of
-                   splits, or R * M_r where splits is None. Several weights share one gather
+                   splits, or R * M_r where splits is None. Several weights share one gather. sizes[i]: of N_i by rank,
+                   for the backward with determinism "layout"; None: as many on every rank
     Backward       dx = matmul_reduce_scatter(dy_i, w_i.T), summed over i before it travels; dw_i = dy_i.T @ x of all
                    ranks, which are gathered again; db_i = the sum of the rows of dy_i
     Communicates   (R-1) * M_r * K read by each rank, in place if x lies in symmetric memory, else staged once
     Saves          x (the shard alone), w_i
     Concurrency    one call at a time per group, in the same order on every rank
-    Numerics       a plain matmul per block of rows; dw adds the blocks, own rank first, in float32
+    Numerics       a plain matmul per block of rows; dw adds the blocks, own rank first, in float32. determinism
+                   "layout": the same bits for 1, 2, 4 and 8 ranks and any splits, forward and backward: y as
+                   fixed_matmul, dw and dbias as fixed_matmul over all rows, gathered for it; dx as
+                   matmul_reduce_scatter
     Autocast       casts every operand, as torch's matmuls
-    Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: ranks that disagree on M or K, a rank
-                   that died or did not answer within the group's timeout
+    Raises         ValueError: shapes or dtypes that don't fit, ranks whose parts of N_i aren't whole virtual shards;
+                   pypar.PeerError: ranks that disagree on M or K, a rank that died or did not answer within the group's
+                   timeout
     Source         Wang et al., Overlap Communication with Dependent Computation (2023); the in-place read is possible
                    because the ranks of one host share memory
     """
     bias_list = list(biases) if biases is not None else [None] * len(weights)
+    if is_layout(determinism) and x.requires_grad and torch.is_grad_enabled():
+        world_size = size_of(name_of(group))  # said here, since backward would be late to say it
+        for i, w in enumerate(weights):
+            virtual_shards(sizes[i] if sizes is not None else [w.shape[0]] * world_size, 0, f"N of weight {i}")
     x, *operands = autocast(x, x, *weights, *bias_list)
-    ys = _AllGatherMatmul.apply(x, name_of(group), splits, len(weights), *operands)
+    flat = [n for of_ranks in sizes for n in of_ranks] if sizes is not None else None
+    ys = _AllGatherMatmul.apply(x, name_of(group), splits, determinism, flat, len(weights), *operands)
     return list(ys)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from pypar.ops.library import define, name_of
 from pypar.reference.all_reduce import all_reduce as reference
+from pypar.reference.all_reduce import all_reduce_shares as shares_reference
 
 
 def _reference_(x: torch.Tensor, op: str, group_name: str) -> None:
@@ -15,6 +16,11 @@ def _reference_(x: torch.Tensor, op: str, group_name: str) -> None:
 
 define(
     "all_reduce(Tensor x, str op, str group_name) -> Tensor", reference, lambda x, op, group_name: torch.empty_like(x)
+)
+define(  # of 8 shares in all, along the tree of determinism "layout"
+    "all_reduce_shares(Tensor x, str group_name) -> Tensor",
+    shares_reference,
+    lambda x, group_name: x.new_empty(x.shape[1:]),
 )
 define("all_reduce_(Tensor(a!) x, str op, str group_name) -> ()", _reference_, lambda x, op, group_name: None)
 

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 
 from pypar import backend
+from pypar.reference.collectives import VIRTUAL_SHARDS as VIRTUAL_SHARDS
+from pypar.reference.collectives import is_layout as is_layout
+from pypar.reference.collectives import virtual_shards as virtual_shards
 
 LIBRARY = torch.library.Library("pypar", "DEF")
 

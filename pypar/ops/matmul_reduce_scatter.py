@@ -6,8 +6,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.fixed_matmul import fixed_grads
 from pypar.ops.library import autocast, define, name_of
-from pypar.reference.collectives import group_of, rows_per_rank, size_of
+from pypar.reference.collectives import group_of, is_layout, rows_per_rank, size_of
 from pypar.reference.matmul_reduce_scatter import matmul_reduce_scatter as reference
 
 
@@ -18,6 +19,8 @@ def _fake(
     residual: torch.Tensor | None,
     splits: list[int] | None,
     group_name: str,
+    determinism: str = "run",
+    sizes: list[int] | None = None,
 ) -> torch.Tensor:
     group = group_of(group_name)
     return xs[0].new_empty(rows_per_rank(xs[0].shape[0], group.size(), splits)[group.rank()], weights[0].shape[0])
@@ -25,7 +28,7 @@ def _fake(
 
 define(
     "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, SymInt[]? splits, "
-    "str group_name) -> Tensor",
+    "str group_name, str determinism='run', SymInt[]? sizes=None) -> Tensor",
     reference,
     _fake,
 )
@@ -41,16 +44,26 @@ class _MatmulReduceScatter(torch.autograd.Function):
         residual: torch.Tensor | None,
         splits: list[int] | None,
         group_name: str,
+        determinism: str,
+        sizes: list[int] | None,
     ) -> torch.Tensor:
+        ctx.layout = is_layout(determinism)
         ctx.save_for_backward(x, w)
         ctx.group_name, ctx.rows = group_name, rows_per_rank(x.shape[0], size_of(group_name), splits)
-        return torch.ops.pypar.matmul_reduce_scatter([x], [w], bias, residual, splits, group_name)
+        return torch.ops.pypar.matmul_reduce_scatter([x], [w], bias, residual, splits, group_name, determinism, sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         x, w = ctx.saved_tensors
-        needs_x, needs_w, needs_bias, needs_residual, _, _ = ctx.needs_input_grad
+        needs_x, needs_w, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         dy, dx, dw = grads[0], None, None
+        if ctx.layout:
+            full = torch.ops.pypar.all_gather(dy.contiguous(), ctx.group_name, ctx.rows)
+            dx, dw, dbias = fixed_grads(full, x, w, ctx.needs_input_grad)
+            # All rows are at hand, and must be added in one order; the others' zeros keep "its sum over ranks" true.
+            if dbias is not None and group_of(ctx.group_name).rank() != 0:
+                dbias = torch.zeros_like(dbias)
+            return dx, dw, dbias, dy if needs_residual else None, None, None, None, None
         if needs_x or needs_w:
             dx, dw = torch.ops.pypar.all_gather_matmul_both(dy, x, w, needs_x, needs_w, ctx.rows, ctx.group_name)
         return (
@@ -58,6 +71,8 @@ class _MatmulReduceScatter(torch.autograd.Function):
             dw if needs_w else None,
             dy.sum(0) if needs_bias else None,
             dy if needs_residual else None,
+            None,
+            None,
             None,
             None,
         )
@@ -70,21 +85,26 @@ def matmul_reduce_scatter(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     splits: list[int] | None = None,
+    determinism: str = "run",
+    sizes: list[int] | None = None,
 ) -> torch.Tensor:
     """y = this rank's rows of (the sum over ranks of x_r @ w_r.T) + bias + residual.
 
     Shapes         x [M, K/R] sharded over K, w [N, K/R] sharded over K, y [M_r, N]; M_r = splits[r], or ceil(M/R), the
-                   last ranks fewer or none; bias [N] the same on all ranks, residual [M_r, N]
+                   last ranks fewer or none; bias [N] the same on all ranks, residual [M_r, N]. sizes: of K by rank, for
+                   determinism "layout"; None: as many on every rank
     Backward       dx = dy of all ranks @ w, dw = dy of all ranks.T @ x, with one gather for both; dbias = the sum of
                    this rank's rows of dy (its sum over ranks is the gradient of a bias that all hold); dresidual = dy
     Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read
     Saves          x, w
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
-                   same bits in every run
+                   same bits in every run. determinism "layout": as matmul_all_reduce, with any splits; dbias is then on
+                   rank 0 the sum of all rows, on the others 0
     Autocast       casts every operand, as torch's matmuls
-    Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
+    Raises         ValueError: shapes or dtypes that don't fit, ranks whose parts of K aren't whole virtual shards;
+                   pypar.PeerError: as all_gather_matmul
     Source         as all_gather_matmul
     """
     x, w, bias, residual = autocast(x, x, w, bias, residual)
-    return _MatmulReduceScatter.apply(x, w, bias, residual, splits, name_of(group))
+    return _MatmulReduceScatter.apply(x, w, bias, residual, splits, name_of(group), determinism, sizes)

@@ -44,6 +44,7 @@ def _linear_fake(
     needs_dhidden: bool,
     needs_dweight: bool,
     group_name: str,
+    determinism: str = "run",
 ) -> tuple[torch.Tensor, ...]:
     wide = wide_type(hidden.dtype)
     return (
@@ -56,7 +57,7 @@ def _linear_fake(
 
 define(
     "vocab_cross_entropy(Tensor logits, Tensor target, SymInt[]? sizes, int ignore_index, float label_smoothing, "
-    "str group_name) -> (Tensor, Tensor, Tensor)",
+    "str group_name, str determinism='run') -> (Tensor, Tensor, Tensor)",
     reference,
     _fake,
 )
@@ -68,8 +69,8 @@ define(
 )
 define(
     "linear_vocab_cross_entropy(Tensor hidden, Tensor weight, Tensor target, SymInt[]? sizes, int ignore_index, "
-    "float label_smoothing, int chunk_rows, bool needs_dhidden, bool needs_dweight, str group_name) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "float label_smoothing, int chunk_rows, bool needs_dhidden, bool needs_dweight, str group_name, "
+    "str determinism='run') -> (Tensor, Tensor, Tensor, Tensor)",
     linear_reference,
     _linear_fake,
 )
@@ -78,9 +79,13 @@ define(
 class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, shared: tuple[list[int] | None, int, float, str]
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        shared: tuple[list[int] | None, int, float, str],
+        determinism: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, count, stats = torch.ops.pypar.vocab_cross_entropy(logits, target, *shared)
+        loss, count, stats = torch.ops.pypar.vocab_cross_entropy(logits, target, *shared, determinism)
         ctx.save_for_backward(logits, target, stats)
         ctx.shared = shared
         ctx.mark_non_differentiable(count)
@@ -88,9 +93,10 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, target, stats = ctx.saved_tensors
-        return torch.ops.pypar.vocab_cross_entropy_dlogits(logits, target, stats, grads[0], *ctx.shared), None, None
+        dlogits = torch.ops.pypar.vocab_cross_entropy_dlogits(logits, target, stats, grads[0], *ctx.shared)
+        return dlogits, None, None, None
 
 
 class _LinearVocabCrossEntropy(torch.autograd.Function):
@@ -104,9 +110,10 @@ class _LinearVocabCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
         needs: tuple[bool, bool],
         group_name: str,
+        determinism: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss, count, dhidden, dweight = torch.ops.pypar.linear_vocab_cross_entropy(
-            hidden, weight, target, *shared, chunk_rows, *needs, group_name
+            hidden, weight, target, *shared, chunk_rows, *needs, group_name, determinism
         )
         ctx.save_for_backward(dhidden, dweight)
         ctx.needs, ctx.weight_dtype = needs, weight.dtype
@@ -121,7 +128,7 @@ class _LinearVocabCrossEntropy(torch.autograd.Function):
         return (
             (dhidden * dloss).to(dhidden.dtype) if ctx.needs[0] else None,
             (dweight * dloss).to(ctx.weight_dtype) if ctx.needs[1] else None,
-            *[None] * 5,
+            *[None] * 6,
         )
 
 
@@ -132,6 +139,7 @@ def vocab_cross_entropy(
     sizes: list[int] | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    determinism: str = "run",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """loss_sum = the sum over t of log(sum over v of e^x[t, v]) - x[t, target[t]], and the number of rows that count.
 
@@ -144,13 +152,16 @@ def vocab_cross_entropy(
     Saves          logits, target, 2 numbers per row
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       float32 inside for half types, the ranks' sums added in float64 in rank order: the same bits on every
-                   rank and in every run. dlogits is rounded once
-    Raises         ValueError: shapes or dtypes that don't fit, a target outside the vocabulary; pypar.PeerError: ranks
+                   rank and in every run. dlogits is rounded once. determinism "layout": the same bits for 1, 2, 4 and
+                   8 ranks, too: V is cut into 8 virtual shards as torch.tensor_split cuts, whose max and sum are merged
+                   in float64 along the tree ((0+1)+(2+3))+((4+5)+(6+7)), and travel so
+    Raises         ValueError: shapes or dtypes that don't fit, a target outside the vocabulary, sizes that aren't whole
+                   virtual shards with determinism "layout"; pypar.PeerError: ranks
                    that disagree on T, target, ignore_index or sizes, a rank that died or did not answer in time
     Source         Shoeybi et al., Megatron-LM (2019), section 3; Milakov and Gimelshein, Online normalizer calculation
                    for softmax (2018), for max and sum in one pass and how to merge them
     """
-    return _VocabCrossEntropy.apply(logits, target, (sizes, ignore_index, label_smoothing, name_of(group)))
+    return _VocabCrossEntropy.apply(logits, target, (sizes, ignore_index, label_smoothing, name_of(group)), determinism)
 
 
 def linear_vocab_cross_entropy(
@@ -162,6 +173,7 @@ def linear_vocab_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
+    determinism: str = "run",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """vocab_cross_entropy of hidden @ weight.T, of which only chunk_rows rows exist at a time.
 
@@ -176,7 +188,8 @@ def linear_vocab_cross_entropy(
     Saves          dhidden; dweight, float32 for half types
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       as the unchunked form, of logits that are rounded to the dtype; dweight adds its chunks in float32,
-                   is scaled there and rounded once. Under autocast the matmuls run in autocast's dtype
+                   is scaled there and rounded once. determinism "layout": also logits and dweight as fixed_matmul,
+                   dhidden as matmul_all_reduce. Under autocast the matmuls run in autocast's dtype
     Raises         as vocab_cross_entropy; chunk_rows must be the same on every rank
     Source         gradients in forward, by chunks of rows: the fused linear cross entropy of Liger-Kernel (Hsu et al.,
                    2024). Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models (2024), store no logits
@@ -194,4 +207,5 @@ def linear_vocab_cross_entropy(
         CHUNK_ROWS if chunk_rows is None else chunk_rows,
         needs,
         name_of(group),
+        determinism,
     )

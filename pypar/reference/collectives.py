@@ -58,6 +58,50 @@ def from_all_ranks(x: torch.Tensor, group_name: str) -> list[torch.Tensor]:
     return [t[:n] if x.dim() else t[0] for t, n in zip(gathered, rows.tolist(), strict=True)]
 
 
+VIRTUAL_SHARDS = 8
+
+
+def is_layout(determinism: str) -> bool:
+    if determinism not in ("run", "layout"):
+        raise ValueError(f"determinism is '{determinism}', expected 'run' or 'layout'")
+    return determinism == "layout"
+
+
+def virtual_shards(sizes: list[int], rank: int, dim: str = "K") -> list[int]:
+    """Sizes of rank's virtual shards of a dim of which the ranks hold `sizes`: the dim is cut into 8 as
+    torch.tensor_split cuts, and each rank holds 8 / R of these, one behind the other."""
+    full, world = sum(sizes), len(sizes)
+    if VIRTUAL_SHARDS % world:
+        raise ValueError(
+            f"determinism 'layout' adds {VIRTUAL_SHARDS} virtual shards along a tree, of which {world} ranks can't "
+            "have whole branches; use 1, 2, 4 or 8 ranks, or determinism 'run'"
+        )
+    base, more = divmod(full, VIRTUAL_SHARDS)
+    shards = [base + (p < more) for p in range(VIRTUAL_SHARDS)]
+    per = VIRTUAL_SHARDS // world
+    fitting = [sum(shards[r * per : (r + 1) * per]) for r in range(world)]
+    if list(sizes) != fitting:
+        raise ValueError(
+            f"{dim} = {full} is cut {list(sizes)} over the ranks, but determinism 'layout' cuts it into "
+            f"{VIRTUAL_SHARDS} virtual shards, of which each rank has {per}: cut it {fitting}"
+            + (", or make it a multiple of 8 and cut it evenly" if full % VIRTUAL_SHARDS else "")
+            + ", or use determinism 'run'"
+        )
+    return shards[rank * per : (rank + 1) * per]
+
+
+def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    """((parts[0] + parts[1]) + (parts[2] + parts[3])) + ...; a power of two of them."""
+    while len(parts) > 1:
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """What sums are taken in."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
 def reduce_in_rank_order(parts: list[torch.Tensor], op: str) -> torch.Tensor:
     """parts[0] op parts[1] op ..., half types accumulated in float32 and rounded once."""
     if op not in REDUCTIONS:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from pypar.reference.collectives import from_all_ranks
+from pypar.reference.collectives import from_all_ranks, group_of, is_layout, tree_sum
+from pypar.reference.fixed_matmul import branch
 
 
 def product(xs: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
@@ -30,5 +31,11 @@ def matmul_all_reduce(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     group_name: str,
+    determinism: str = "run",
+    sizes: list[int] | None = None,
 ) -> torch.Tensor:
+    if is_layout(determinism):
+        group = group_of(group_name)
+        total = tree_sum(from_all_ranks(branch(xs, weights, sizes, group.rank(), group.size()), group_name))
+        return sum_and_round([total], bias, residual).to(xs[0].dtype)
     return sum_and_round(from_all_ranks(product(xs, weights), group_name), bias, residual)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pypar.ops.library import VIRTUAL_SHARDS
+
 Range = tuple[int, int]
 
 
@@ -94,8 +96,16 @@ def split_evenly(count: int, parts: int) -> list[Range]:
     return [(starts[r], starts[r + 1]) for r in range(parts)]
 
 
-def even_cut(full: int, world_size: int, unit: int = 1, sizes: Sequence[int] | None = None, what: str = "dim") -> Cut:
-    """Consecutive shares: `sizes` as given, else whole units, as equal as they go."""
+def even_cut(
+    full: int,
+    world_size: int,
+    unit: int = 1,
+    sizes: Sequence[int] | None = None,
+    what: str = "dim",
+    determinism: str = "run",
+) -> Cut:
+    """Consecutive shares: `sizes` as given, else whole units, as equal as they go. determinism "layout": of units of 1,
+    whole virtual shards."""
     if sizes is not None:
         if len(sizes) != world_size or sum(sizes) != full or min(sizes) < 0:
             raise ValueError(
@@ -106,6 +116,9 @@ def even_cut(full: int, world_size: int, unit: int = 1, sizes: Sequence[int] | N
         return Cut(full, tuple(((stop - size, stop),) for size, stop in zip(sizes, stops, strict=True)))
     if unit < 1 or full % unit:
         raise ValueError(f"{what} = {full} isn't made of whole units of {unit}")
+    if determinism == "layout" and unit == 1 and VIRTUAL_SHARDS % world_size == 0:
+        shards, per = split_evenly(full, VIRTUAL_SHARDS), VIRTUAL_SHARDS // world_size
+        return Cut(full, tuple(((shards[r * per][0], shards[(r + 1) * per - 1][1]),) for r in range(world_size)))
     return Cut(full, tuple(((a * unit, b * unit),) for a, b in split_evenly(full // unit, world_size)))
 
 

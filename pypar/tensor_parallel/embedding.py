@@ -32,7 +32,9 @@ class _VocabParallel(nn.Embedding):
                 )
         self.place = place
         self.cut = (
-            cut if cut is not None else even_cut(self.num_embeddings, place.world_size, unit, sizes, "num_embeddings")
+            cut
+            if cut is not None
+            else even_cut(self.num_embeddings, place.world_size, unit, sizes, "num_embeddings", place.determinism)
         )
         if not self.cut.in_order():
             raise ValueError(f"a vocab-parallel embedding's ranks hold one range of ids each, got {self.cut}")
@@ -56,13 +58,14 @@ class _VocabParallel(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if self._start == self._stop:
-            found = self.weight.new_zeros(*input.shape, self.embedding_dim)
-            found = found + self.weight.sum()  # of nothing: ties the empty shard to the graph
+            found = self.weight.new_full((*input.shape, self.embedding_dim), -0.0)
+            found = found - self.weight.sum()  # of nothing: ties the empty shard to the graph
         else:
             # An id outside the whole vocabulary is nobody's: the lookup refuses it on every rank, as torch's does.
             elsewhere = ((input >= 0) & (input < self._start)) | ((input >= self._stop) & (input < self.cut.full))
             local = (input - self._start).masked_fill(elsewhere, 0)
-            found = super().forward(local).masked_fill(elsewhere.unsqueeze(-1), 0)
+            # Of all numbers -0.0 alone changes none that it is added to, not even -0.0.
+            found = super().forward(local).masked_fill(elsewhere.unsqueeze(-1), -0.0)
         return reduce_out(found, self.place.group_name)
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from pypar import ops
 from pypar.tensor_parallel.cut import Cut, even_cut
 from pypar.tensor_parallel.exchange import copy_in, gather_last, split_last, sum_copies
+from pypar.tensor_parallel.layout import column_linear, copy_in_shares, shard_sizes
 from pypar.tensor_parallel.rows import GatheredRows
 from pypar.tensor_parallel.shards import Group, Place, Shard, cut_parameter, place_of, shards_of
 
@@ -53,10 +54,11 @@ class _ParallelLinear(nn.Linear):
         *,
         unit: int = 1,
         sizes: Sequence[int] | None = None,
+        determinism: str | None = None,
     ):
         # The full layer is drawn and then cut, so that the initial weights don't depend on the number of ranks.
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._become_shard(place_of(group), unit, sizes, None)
+        self._become_shard(place_of(group, determinism), unit, sizes, None)
 
     @classmethod
     def _from(
@@ -83,12 +85,14 @@ class _ParallelLinear(nn.Linear):
     def _become_shard(self, place: Place, unit: int, sizes: Sequence[int] | None, cut: Cut | None) -> None:
         self.place = place
         full, what = self._cut_features()
-        self.cut = cut if cut is not None else even_cut(full, place.world_size, unit, sizes, what)
+        self.cut = cut if cut is not None else even_cut(full, place.world_size, unit, sizes, what, place.determinism)
         if self.cut.full != full or self.cut.world_size != place.world_size:
             raise ValueError(
                 f"a cut of {self.cut.full} for {self.cut.world_size} ranks doesn't fit {what} = {full} on "
                 f"{place.world_size} ranks"
             )
+        if place.determinism == "layout":
+            self.shard_sizes = shard_sizes(self.cut, place.rank, what)
         self._cut_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,6 +135,7 @@ class ColumnParallelLinear(_ParallelLinear):
     gather_output           y of all ranks, joined, on every rank; else y is [..., sizes[rank]]
     Backward                dx = all_reduce(dy_r @ w_r): by each layer that stands alone, once for those of one parent
                             that read the same tensor, where pypar.tensor_parallel cut them; dw, db are local
+    determinism             "run", or "layout": the same bits for 1, 2, 4 and 8 ranks; default that of the group's Place
     State dict              this rank's shard; load_state_dict takes the full tensors or the shard
     """
 
@@ -151,9 +156,11 @@ class ColumnParallelLinear(_ParallelLinear):
         sizes: Sequence[int] | None = None,
         cut: Cut | None = None,
         gather_output: bool = False,
+        determinism: str | None = None,
     ) -> Self:
         """This rank's part of a full layer. cut: for parts that aren't one range, instead of unit or sizes."""
-        return cls._from(linear, place_of(group), unit, sizes, cut, gather_output=gather_output)
+        place = place_of(group, determinism)
+        return cls._from(linear, place, unit, sizes, cut, gather_output=gather_output)
 
     def _cut_features(self) -> tuple[int, str]:
         return self.out_features, "out_features"
@@ -162,6 +169,11 @@ class ColumnParallelLinear(_ParallelLinear):
         self._weight_dim = 1 if self.transposed else 0
         cut_parameter(self, "weight", Shard(self._weight_dim, self.cut, self.place))
         cut_parameter(self, "bias", Shard(0, self.cut, self.place))
+
+    def copy_in(self, x: torch.Tensor) -> torch.Tensor:
+        if self.place.determinism == "layout":
+            return copy_in_shares(x, self.place.world_size, self.place.group_name)
+        return copy_in(x, self.place.group_name)
 
     def operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """weight [N_r, K] and bias as a matmul takes them; the gradients of copies are summed over their holders."""
@@ -181,8 +193,9 @@ class ColumnParallelLinear(_ParallelLinear):
         if isinstance(input, GatheredRows):
             y = self.shared_input.matmul(self, input) if self.shared_input else input.products([self.operands()])[0]
         else:
-            x = self.shared_input(input) if self.shared_input is not None else copy_in(input, group_name)
-            y = F.linear(x, *self.operands())
+            x = self.shared_input(input) if self.shared_input is not None else self.copy_in(input)
+            layout = self.place.determinism == "layout"
+            y = column_linear(x, *self.operands(), self.shard_sizes) if layout else F.linear(x, *self.operands())
         return gather_last(y, self.cut, rank, group_name) if self.gather_output else y
 
 
@@ -194,6 +207,7 @@ class RowParallelLinear(_ParallelLinear):
     unit, sizes             how in_features are cut, as in ColumnParallelLinear
     split_input             x is the full input, the same on every rank; else x is [..., sizes[rank]]
     Backward                local: dy is the same on every rank (with split_input, dx is gathered)
+    determinism             as ColumnParallelLinear's
     Numerics                those of pypar.ops.matmul_all_reduce; the bias is added once, to the sum
     State dict              this rank's shard and the full bias; load_state_dict takes the full tensors or the shard
     """
@@ -212,9 +226,10 @@ class RowParallelLinear(_ParallelLinear):
         sizes: Sequence[int] | None = None,
         cut: Cut | None = None,
         split_input: bool = False,
+        determinism: str | None = None,
     ) -> Self:
         """This rank's part of a full layer. cut: for parts that aren't one range, instead of unit or sizes."""
-        return cls._from(linear, place_of(group), unit, sizes, cut, split_input=split_input)
+        return cls._from(linear, place_of(group, determinism), unit, sizes, cut, split_input=split_input)
 
     def _cut_features(self) -> tuple[int, str]:
         return self.in_features, "in_features"
@@ -241,7 +256,8 @@ class RowParallelLinear(_ParallelLinear):
             bias = rows.seen.get(id(bias), bias)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if rows is None:
-            y = ops.matmul_all_reduce(flat, weight, group_name, bias=bias)
+            level = self.place.determinism
+            y = ops.matmul_all_reduce(flat, weight, group_name, bias=bias, determinism=level, sizes=self.cut.sizes())
             return y.reshape(*x.shape[:-1], self.out_features)
         y = ops.matmul_reduce_scatter(flat, weight, group_name, bias=bias, splits=rows.sizes)
         return y if x.dim() == 2 else y[None]

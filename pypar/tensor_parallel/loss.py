@@ -23,6 +23,7 @@ class VocabParallelCrossEntropy(nn.Module):
                      as nn.CrossEntropyLoss's; reduction "mean" (over the targets that count) or "sum"
     group            the ranks that share the classes (default: all)
     sizes            classes per rank, as ColumnParallelLinear.cut.sizes() says; None: as many on every rank
+    determinism      "run", or "layout": the same bits for 1, 2, 4 and 8 ranks; default that of the group's Place
     Shapes           input [T, V_r] or [V_r], target int64 [T] or [], ids of all classes, the same on every rank
     Backward         local; every rank must go on with the same loss
     Numerics, Raises those of pypar.ops.vocab_cross_entropy
@@ -36,6 +37,7 @@ class VocabParallelCrossEntropy(nn.Module):
         label_smoothing: float = 0.0,
         group: Group | Place = None,
         sizes: Sequence[int] | None = None,
+        determinism: str | None = None,
     ):
         super().__init__()
         if weight is not None:
@@ -43,16 +45,20 @@ class VocabParallelCrossEntropy(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction={reduction!r}: VocabParallelCrossEntropy gives the 'mean' or the 'sum'")
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
-        self.place = place_of(group)
+        self.place = place_of(group, determinism)
         self.sizes = list(sizes) if sizes is not None else None
 
     @classmethod
     def from_loss(
-        cls, loss: nn.CrossEntropyLoss, group: Group | Place = None, sizes: Sequence[int] | None = None
+        cls,
+        loss: nn.CrossEntropyLoss,
+        group: Group | Place = None,
+        sizes: Sequence[int] | None = None,
+        determinism: str | None = None,
     ) -> VocabParallelCrossEntropy:
         """With the settings of `loss`."""
         given: Any = loss.weight
-        return cls(given, loss.ignore_index, loss.reduction, loss.label_smoothing, group, sizes)
+        return cls(given, loss.ignore_index, loss.reduction, loss.label_smoothing, group, sizes, determinism)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if input.dim() not in (1, 2) or target.shape != input.shape[:-1]:
@@ -62,7 +68,13 @@ class VocabParallelCrossEntropy(nn.Module):
             )
         rows = input if input.dim() == 2 else input[None]
         loss, count = ops.vocab_cross_entropy(
-            rows, target.reshape(-1), self.place.group_name, self.sizes, self.ignore_index, self.label_smoothing
+            rows,
+            target.reshape(-1),
+            self.place.group_name,
+            self.sizes,
+            self.ignore_index,
+            self.label_smoothing,
+            self.place.determinism,
         )
         return loss if self.reduction == "sum" else loss / count
 
@@ -117,5 +129,6 @@ class _CausalLoss:
             self.place.group_name,
             self.sizes,
             ignore_index,
+            determinism=self.place.determinism,
         )
         return loss / (count if num_items_in_batch is None else num_items_in_batch)

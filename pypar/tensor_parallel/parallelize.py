@@ -14,6 +14,9 @@ from pypar.tensor_parallel.dropout import Inner, key_dropouts
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
 from pypar.tensor_parallel.heads import Heads
+=======
+from pypar.tensor_parallel.layout import use_dense_matmuls
+>>>>>>> layout
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.lora import cut_adapters, without_adapters
 from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
@@ -32,6 +35,7 @@ def tensor_parallel(
     *,
     sequence_parallel: bool = False,
     loss_parallel: bool = False,
+    determinism: str = "run",
 ) -> nn.Module:
     """Cuts `module` in place so that the ranks of `group` hold and compute a part each; returns it.
 
@@ -48,19 +52,25 @@ def tensor_parallel(
     loss_parallel
              the last linear, which the plan would gather, gives this rank's columns of the logits, for
              pypar.VocabParallelCrossEntropy; a Hugging Face model's own loss (labels=) takes them so
+    determinism
+             "run": the same bits on every rank and in every run. "layout": also for 1, 2, 4 and 8 ranks, forward and
+             backward, as far as the matmuls of the cut layers and what crosses ranks go; slower. What the model itself
+             computes between them must not depend on the number of ranks: docs/design/0005-layout-determinism.md
 
     Every rank feeds the same batch and gets the same output. Parameters that stay whole get equal gradients on all
     ranks. Attention is cut on whole heads, with groups of query heads and their key and value head kept together; key
     and value heads fewer than ranks are held as copies, whose gradients are summed. Tied weights stay tied.
 
     Raises ValueError, with nothing changed: a pattern that names nothing, an unknown style, one that doesn't fit what
-    it names, more ranks than heads, models that differ between ranks, a model that sequence_parallel doesn't fit.
+    it names, more ranks than heads, models that differ between ranks, a model that sequence_parallel doesn't fit,
+    what determinism "layout" can't cut, "layout" with sequence_parallel.
     """
     if plan != "auto" and not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: give 'auto' or {{pattern: style}}")
+<<<<<<< HEAD
     base: nn.Module = getattr(module, "get_base_model", lambda: module)()  # of peft's model
     with without_adapters(base):
-        _cut_model(base, place_of(group), plan, sequence_parallel, loss_parallel)
+        _cut_model(base, place_of(group, determinism), plan, sequence_parallel, loss_parallel)
     cut_adapters(module)
     return module
 
@@ -74,6 +84,11 @@ def _cut_model(
     tied = _owners(module)
     _check_tied(tied, targets)
     sequence_parallel = sequence_parallel or any(s.sequence for s in styles.values())
+    if sequence_parallel and place.determinism == "layout":
+        raise ValueError(
+            "determinism 'layout' with sequence parallel: the gradients of norms would add rows in an order that "
+            "depends on the number of ranks; use one of them"
+        )
     stacks = stacks_of(module, targets) if sequence_parallel else []
     head = loss_head(module, targets) if loss_parallel else None
     made: dict[int, nn.Module] = {}
@@ -82,6 +97,8 @@ def _cut_model(
     for name, its in heads.items():
         its.fix_counts(module.get_submodule(name), place.rank)
         cut_alibi(module.get_submodule(name), its, place.rank)
+        if place.determinism == "layout":
+            use_dense_matmuls(module.get_submodule(name))
     _tie(module, tied)
     _share_inputs(module, [t.name for t in targets if t.style.kind.startswith("column") and t.dim is None], place)
     forces = use_sequence_parallel(module, stacks, targets, place)
@@ -182,7 +199,7 @@ def _share_inputs(root: nn.Module, columns: list[str], place: Place) -> None:
         callers.setdefault(root.get_submodule(_caller(root, name)), []).append(layer)
     for caller, layers in callers.items():
         if len(layers) > 1:
-            shared = SharedInput(place.group_name)
+            shared = SharedInput(layers[0].copy_in)
             shared.attach(caller)
             for layer in layers:
                 layer.shared_input = shared
@@ -238,7 +255,7 @@ def _tie(module: nn.Module, tied: list[list[tuple[str, str]]]) -> None:
 def _check_same_everywhere(module: nn.Module, targets: list[Target], place: Place) -> None:
     """Ranks with another model or plan would wait for each other or sum what doesn't belong together."""
     facts = [f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in module.named_parameters()]
-    facts += [f"{t.name}: {t.style}" for t in targets]
+    facts += [f"{t.name}: {t.style}" for t in targets] + [f"determinism '{place.determinism}'"]
     digest = int.from_bytes(hashlib.sha256("\n".join(facts).encode()).digest()[:7])
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
     sent = torch.tensor([digest, -digest], dtype=torch.int64, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from pypar.ops.library import name_of
+from pypar.ops.library import is_layout, name_of
 from pypar.tensor_parallel.cut import Cut
 
 Group = dist.ProcessGroup | DeviceMesh | str | None
@@ -25,10 +25,14 @@ class Place:
     group_name: str
     rank: int
     world_size: int
+    determinism: str = "run"  # of the sums over the group
 
 
-def place_of(group: Group | Place) -> Place:
+def place_of(group: Group | Place, determinism: str | None = None) -> Place:
     """group: a process group, its name, a DeviceMesh of one dim, or None for the world."""
+    if determinism is not None:
+        is_layout(determinism)  # refuses other names
+        return replace(place_of(group), determinism=determinism)
     if isinstance(group, Place):
         return group
     if isinstance(group, DeviceMesh):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pypar.tensor_parallel.exchange import copy_in
 from pypar.tensor_parallel.rows import GatheredRows
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ class SharedInput:
     another tensor, or that is called by itself, gets its own. Cleared before and after each forward of the parent.
     """
 
-    def __init__(self, group_name: str):
-        self.group_name = group_name
+    def __init__(self, copy_in: Callable[[torch.Tensor], torch.Tensor]):
+        self.copy_in = copy_in
         self.together: tuple[ColumnParallelLinear, ...] = ()  # those that read one GatheredRows in the last forward
         self._forget()
 
@@ -45,12 +45,12 @@ class SharedInput:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad or not torch.is_grad_enabled():
-            return x
+            return self.copy_in(x)
         # Written to since the last layer read it: another tensor. (In a compiled graph versions can't be asked for;
         # there, as in eager mode, writing to what a layer has saved for its backward is an error of its own.)
         version = 0 if torch.compiler.is_compiling() else x._version
         if self.copy is None or self.x is not x or self.version != version:
-            self.x, self.version, self.copy = x, version, copy_in(x, self.group_name)
+            self.x, self.version, self.copy = x, version, self.copy_in(x)
         return self.copy
 
     def matmul(self, layer: ColumnParallelLinear, x: GatheredRows) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pypar.tensor_parallel.heads import (
     Heads,
     heads_of,
 )
+from pypar.tensor_parallel.layout import check_targets
 from pypar.tensor_parallel.linear import linear_shape
 from pypar.tensor_parallel.shards import Place, shards_of
 from pypar.tensor_parallel.styles import Style
@@ -63,7 +64,10 @@ def targets_of(module: nn.Module, styles: dict[str, Style], place: Place) -> tup
                 targets.append(_module_target(name, modules[name], style, heads, place))
             else:
                 targets.append(_parameter_target(name, parameters[name], style, heads, place))
-    return [t for t in targets if t.style.kind != "leave"], all_heads
+    targets = [t for t in targets if t.style.kind != "leave"]
+    if place.determinism == "layout":
+        check_targets(targets, place.rank)
+    return targets, all_heads
 
 
 def _heads(parent: nn.Module, name: str, named: dict[str, Style], place: Place) -> Heads | None:
@@ -105,7 +109,8 @@ def _module_target(name: str, module: nn.Module, style: Style, heads: Heads | No
     if kind == "vocab":
         if not isinstance(module, nn.Embedding):
             raise _unfit(name, module, style, "an nn.Embedding")
-        cut = even_cut(module.num_embeddings, place.world_size, what=f"{name}.num_embeddings")
+        what = f"{name}.num_embeddings"
+        cut = even_cut(module.num_embeddings, place.world_size, what=what, determinism=place.determinism)
         return Target(name, Style("vocab"), cut)
     shape = linear_shape(module)
     if shape is None:
@@ -140,7 +145,8 @@ def _module_target(name: str, module: nn.Module, style: Style, heads: Heads | No
 def _features(full: int, style: Style, place: Place, what: str) -> Cut:
     if full % style.packed:
         raise ValueError(f"{what} = {full} isn't {style.packed} packed blocks")
-    return packed_cut([even_cut(full // style.packed, place.world_size, what=what)] * style.packed)
+    block = even_cut(full // style.packed, place.world_size, what=what, determinism=place.determinism)
+    return packed_cut([block] * style.packed)
 
 
 def _parameter_target(name: str, parameter: nn.Parameter, style: Style, heads: Heads | None, place: Place) -> Target:
