@@ -3,20 +3,20 @@
 Every event gives its own time (without what it called) to one category:
 
 - matmul, attention: by the name of the op. The matmul inside a fused op of pypar is a matmul.
-- optimizer: everything inside Optimizer.step and Optimizer.zero_grad, except communication.
+- optimizer: every op inside Optimizer.step and Optimizer.zero_grad, except communication.
 - communication: pypar's collectives and fused ops without their matmul, c10d's, gloo's, and waits for them.
 - waiting: the part of an exchange before the last rank came to it. The k-th exchange of every rank is the same one,
   and the ranks of a host have one clock; a rank comes to a fused op when its matmul inside is done.
 - other compute: any other op of torch that touches elements: norms, activations, rotary embedding, copies, loss.
-- python: what remains of the time of a step *without* the profiler, which runs in turn with the profiled ones. So
-  views, allocation, autograd, DTensor's dispatch and Python itself are here, and the profiler's own cost isn't; what
-  the profiler adds inside an op stays there (well under a microsecond per op).
+- python: the remainder of the step: views, allocation, autograd, DTensor's dispatch, Python itself. The profiler's own
+  cost is taken out of it: the number of events times what one costs in a loop of an op that does nothing.
 
 vocab_cross_entropy computes and exchanges three numbers per row: its time is other compute, but for the waiting.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections import Counter
@@ -83,14 +83,49 @@ class Exchange:
 
 
 @dataclass
-class RankProfile:
-    """Of one rank: own time per step by category and by op, all exchanges, and the time of a step without profiler."""
+class StepProfile:
+    """Of one step of one rank, microseconds. ops: own time of every op that is in no remainder."""
 
-    us: dict[str, float] = field(default_factory=dict)
-    ops_us: dict[str, float] = field(default_factory=dict)
+    wall_us: float
+    num_events: int = 0
+    event_cost_us: float = 0.0
+    categories: Counter[str] = field(default_factory=Counter)
+    ops: Counter[str] = field(default_factory=Counter)
     exchanges: list[Exchange] = field(default_factory=list)
-    step_us: float = 0.0
-    num_steps: int = 1
+
+
+def profile(step: Callable[[], None], barrier: Callable[[], None], num_steps: int) -> list[StepProfile]:
+    profiles = []
+    for _ in range(num_steps):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            barrier()
+            start = time.perf_counter_ns()
+            step()
+            wall_us = (time.perf_counter_ns() - start) / 1e3
+        profiles.append(_profile_of(profiler, wall_us))
+    return profiles
+
+
+def _profile_of(profiler: Any, wall_us: float) -> StepProfile:
+    result = StepProfile(wall_us, event_cost_us=_event_cost_us())
+    origin_us = profiler.profiler.kineto_results.trace_start_ns() / 1e3
+    roots = [event for event in profiler.events() if event.cpu_parent is None]
+    trains = Counter(event.thread for event in roots).most_common(1)[0][0]  # gloo has threads of its own
+    mine = sorted((e for e in roots if e.thread == trains), key=lambda e: e.time_range.start)
+    for event, in_optimizer in _walk(mine):
+        result.num_events += 1
+        kind, own_us = category(event.name), event.self_cpu_time_total
+        if not kind or _calls_itself(event):
+            continue
+        if in_optimizer and kind != "communication":
+            kind = "optimizer"
+        result.categories[kind] += own_us
+        result.ops[event.name] += own_us
+        if kind == "communication" or event.name in _COMPUTE:
+            products = [child.time_range.end for child in event.cpu_children if category(child.name) == "matmul"]
+            came_us = origin_us + max(products, default=event.time_range.start)
+            result.exchanges.append(Exchange(came_us, own_us, kind))
+    return result
 
 
 def _walk(events: Sequence[Any], in_optimizer: bool = False) -> Iterator[tuple[Any, bool]]:
@@ -105,56 +140,38 @@ def _calls_itself(event: Any) -> bool:
     return any(child.name == event.name or _calls_itself(child) for child in event.cpu_children)
 
 
-def profile(step: Callable[[], None], barrier: Callable[[], None], num_steps: int) -> RankProfile:
-    """Runs 2 num_steps steps, every second one under the profiler."""
-    us: Counter[str] = Counter()
-    ops_us: Counter[str] = Counter()
-    exchanges: list[Exchange] = []
-    plain_us = []
-    for _ in range(num_steps):
-        barrier()
+@functools.cache
+def _event_cost_us(num: int = 3000) -> float:
+    x = torch.zeros(1)
+
+    def loop_us() -> float:
         start = time.perf_counter_ns()
-        step()
-        plain_us.append((time.perf_counter_ns() - start) / 1e3)
-        barrier()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            barrier()
-            step()
-        for name, kind, own_us, came_us in _own_times(profiler):
-            us[kind] += own_us / num_steps
-            ops_us[name] += own_us / num_steps
-            if kind == "communication" or name in _COMPUTE:
-                exchanges.append(Exchange(came_us, own_us, kind))
-    return RankProfile(dict(us), dict(ops_us), exchanges, statistics.median(plain_us), num_steps)
+        for _ in range(num):
+            x.detach()  # one event
+        return (time.perf_counter_ns() - start) / 1e3
+
+    plain_us = min(loop_us() for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        profiled_us = min(loop_us() for _ in range(3))
+    return max(0.0, profiled_us - plain_us) / num
 
 
-def _own_times(profiler: Any) -> Iterator[tuple[str, str, float, float]]:
-    """(op, category, own time, when it came to exchange) of every event that is in no remainder."""
-    origin_us = profiler.profiler.kineto_results.trace_start_ns() / 1e3
-    roots = [event for event in profiler.events() if event.cpu_parent is None]
-    trains = Counter(event.thread for event in roots).most_common(1)[0][0]  # gloo has threads of its own
-    mine = sorted((e for e in roots if e.thread == trains), key=lambda e: e.time_range.start)
-    for event, in_optimizer in _walk(mine):
-        kind = category(event.name)
-        if not kind or _calls_itself(event):
-            continue
-        if in_optimizer and kind != "communication":
-            kind = "optimizer"
-        products = [child.time_range.end for child in event.cpu_children if category(child.name) == "matmul"]
-        yield event.name, kind, event.self_cpu_time_total, origin_us + max(products, default=event.time_range.start)
+def least_disturbed(by_rank: Sequence[Sequence[StepProfile]]) -> list[StepProfile]:
+    """Of the step whose slowest rank was the fastest, the profile of every rank."""
+    return list(min(zip(*by_rank, strict=True), key=lambda step: max(p.wall_us for p in step)))
 
 
-def merge(profiles: Sequence[RankProfile]) -> dict[str, float]:
-    """{category: microseconds of a step}, the mean of the ranks. What a rank waited is taken out of where it did."""
-    if len({len(p.exchanges) for p in profiles}) != 1:
-        raise ValueError(f"the ranks had {[len(p.exchanges) for p in profiles]} exchanges, expected the same number")
-    of_ranks = [{name: p.us.get(name, 0.0) for name in CATEGORIES} for p in profiles]
-    for same in zip(*(p.exchanges for p in profiles), strict=True):
+def merge(step: Sequence[StepProfile]) -> dict[str, float]:
+    """{category: microseconds}, the mean of the ranks of one step. What a rank waited is taken out of where it did."""
+    if len({len(p.exchanges) for p in step}) != 1:
+        raise ValueError(f"the ranks had {[len(p.exchanges) for p in step]} exchanges, expected the same number")
+    of_ranks = [{name: p.categories[name] for name in CATEGORIES} for p in step]
+    for same in zip(*(p.exchanges for p in step), strict=True):
         last_us = max(exchange.came_us for exchange in same)
-        for us, exchange, p in zip(of_ranks, same, profiles, strict=True):
-            wait_us = min(exchange.own_us, last_us - exchange.came_us) / p.num_steps
+        for us, exchange in zip(of_ranks, same, strict=True):
+            wait_us = min(exchange.own_us, last_us - exchange.came_us)
             us["waiting"] += wait_us
             us[exchange.kind] -= wait_us
-    for us, p in zip(of_ranks, profiles, strict=True):
-        us["python"] = p.step_us - sum(us.values())
+    for us, p in zip(of_ranks, step, strict=True):
+        us["python"] = max(0.0, p.wall_us - sum(us.values()) - p.num_events * p.event_cost_us)
     return {name: statistics.mean(us[name] for us in of_ranks) for name in CATEGORIES}

@@ -119,8 +119,7 @@ class StepRank(Rank):
         self.barrier()
         return us
 
-    def profile(self, variant: str, case: Case, num_steps: int) -> breakdown.RankProfile:
-        """num_steps steps with the profiler and as many without, in turn; not for timing."""
+    def profile(self, variant: str, case: Case, num_steps: int) -> list[breakdown.StepProfile]:
         built = self.of(variant, case)
         return breakdown.profile(lambda: self.step(built), self.barrier, num_steps)
 
@@ -153,5 +152,5 @@ class StepVariant(PoolVariant):
         self.choice = choice
 
     def profile(self, case: Case, num_steps: int) -> dict[str, float]:
-        """Microseconds of a step by category of breakdown.CATEGORIES, the mean of the ranks."""
-        return breakdown.merge(self._pool.ask("profile", self.name, case, num_steps))
+        """Microseconds of a step by category of the breakdown, of the least disturbed of num_steps."""
+        return breakdown.merge(breakdown.least_disturbed(self._pool.ask("profile", self.name, case, num_steps)))
