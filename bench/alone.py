@@ -11,23 +11,11 @@ import pypar
 from bench.models import GPT
 
 
-class VocabLoss(nn.Module):
-    """The mean loss of logits [T, V/R] that are cut over the vocabulary."""
+class _ShardLoss(pypar.VocabParallelCrossEntropy):
+    """Of a vocabulary that is this shard alone. The fastest loss there is, so no advantage for the others."""
 
-    def __init__(self, group: Any):
-        super().__init__()
-        self.group = group
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        loss, count = pypar.ops.vocab_cross_entropy(logits, targets, self.group)
-        return loss / count
-
-
-class _ShardLoss(VocabLoss):
-    """The same of a vocabulary that is this shard alone: the fastest loss there is, so no advantage for the others."""
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return super().forward(logits, targets % logits.shape[-1])
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(input, target % input.shape[-1])
 
 
 class _ShardEmbedding(nn.Embedding):
@@ -93,7 +81,7 @@ def cut_alone(module: GPT, rank: int, world: int, group: Any, sequence: bool) ->
         cut(block.mlp, "gate", 0)
         cut(block.mlp, "up", 0)
         cut(block.mlp, "down", 1)
-    module.loss = _ShardLoss(group)
+    module.loss = _ShardLoss(group=group)
     if sequence:
         seams = _Seams(world)
         module.embedding.register_forward_hook(seams.scatter)

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import pypar
-from bench.alone import VocabLoss, cut_alone
+from bench.alone import cut_alone
 from bench.harness import Case
 from bench.models import CONFIGS, GPT, GPTConfig
 from bench.steps import ERROR, Built, StepRank, first_wrong, model_of
@@ -91,7 +91,8 @@ class TensorRank(StepRank):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.alone = dist.new_subgroups(1, backend="gloo")[0] if self.world > 1 else dist.group.WORLD
+        backend = "pypar" if "pypar" in dist.Backend.backend_list else "gloo"
+        self.alone = dist.new_subgroups(1, backend=backend)[0]
 
     def num_sequences(self, model: str) -> int:
         return BATCH[model]
@@ -105,12 +106,9 @@ class TensorRank(StepRank):
             parallelize_with_torch(module, self.groups[way.backend], way.sequence)
             return Built(module, optimizer_of(module), loss_parallel)
         if way.kind == "tp":
-            module.loss = VocabLoss(self.groups[way.backend])
-            plan = {"embedding": "embedding_rowwise", "head": "colwise"}
-            plan |= {f"blocks.*.attention.{n}": "colwise" for n in "qkv"}
-            plan |= {f"blocks.*.mlp.{n}": "colwise" for n in ("gate", "up")}
-            plan |= {"blocks.*.attention.o": "rowwise", "blocks.*.mlp.down": "rowwise"}
-            pypar.tensor_parallel(module, self.groups[way.backend], plan)
+            group = self.groups[way.backend]
+            pypar.tensor_parallel(module, group, sequence_parallel=way.sequence, loss_parallel=True)
+            module.loss = pypar.VocabParallelCrossEntropy(group=group)
         else:
             cut_alone(module, self.rank, self.world, self.alone, way.sequence)
         return Built(module, optimizer_of(module))
