@@ -44,10 +44,13 @@ class _Seams:
         self.world = world
         self.tensors: dict[tuple[int, ...], torch.Tensor] = {}
 
+    def _numbers(self, *shape: int) -> torch.Tensor:
+        if shape not in self.tensors:
+            self.tensors[shape] = 0.02 * torch.randn(shape)
+        return self.tensors[shape]
+
     def _stand(self, x: torch.Tensor, length: int) -> torch.Tensor:
-        shape = (x.shape[0], length, x.shape[2])
-        after, before = (self.tensors.setdefault(tuple(s), 0.02 * torch.randn(s)) for s in (shape, x.shape))
-        return _Stand.apply(x, after, before)
+        return _Stand.apply(x, self._numbers(x.shape[0], length, x.shape[2]), self._numbers(*x.shape))
 
     def gather(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return self._stand(args[0], args[0].shape[1] * self.world), *args[1:]
