@@ -141,7 +141,7 @@ def _calls_itself(event: Any) -> bool:
 
 
 @functools.cache
-def _event_cost_us(num: int = 3000) -> float:
+def _event_cost_us(num: int = 500) -> float:
     x = torch.zeros(1)
 
     def loop_us() -> float:
@@ -150,9 +150,9 @@ def _event_cost_us(num: int = 3000) -> float:
             x.detach()  # one event
         return (time.perf_counter_ns() - start) / 1e3
 
-    plain_us = min(loop_us() for _ in range(3))
+    plain_us = min(loop_us() for _ in range(10))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        profiled_us = min(loop_us() for _ in range(3))
+        profiled_us = min(loop_us() for _ in range(10))
     return max(0.0, profiled_us - plain_us) / num
 
 

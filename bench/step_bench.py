@@ -17,6 +17,7 @@ from bench.steps import StepRank, StepVariant, case_of, model_of
 
 MIN_ROUNDS = 5  # of a regime, to be shown rather than "mixed" or a longer one
 PLAUSIBLE = 102.0  # per cent; above, something else than communication slowed the baseline down
+DISTURBED = 3.0  # per cent of the baseline's time
 PATIENCE = 2  # times --steps rounds at most; a step can outlast a regime, so that all rounds are mixed
 
 MODELS = """\
@@ -135,6 +136,11 @@ class StepBench:
         variants = [StepVariant(name, pool, self.choice(way)) for name, way in ways.items()]
         try:
             results = harness.run(variants, [case], steps, 0, say, min_samples=1, patience=PATIENCE)
+            for name in dict.fromkeys(map(self.baseline, ways.values())):
+                if any(r.variant == name and r.us for r in results):
+                    percent = max(pool.ask("off_core", name))
+                    hint = "; the machine was not idle: don't compare these times" if percent > DISTURBED else ""
+                    say(f"  other processes took {percent:.1f} % of the time of {name}{hint}")
             for variant in variants if self.breakdown_steps else ():
                 mine = [r for r in results if r.variant == variant.name and not r.refused]
                 parts = variant.profile(case, self.breakdown_steps) if mine else {}

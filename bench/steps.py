@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class StepRank(Rank):
         self.groups = {backend: dist.new_group(backend=backend, timeout=timeout) for backend in backends}
         self.model = ""
         self.built: dict[str, Built] = {}
+        self.spent: dict[str, list[tuple[int, int]]] = {}  # (ns of a sample, of the processor meanwhile), by variant
 
     def num_sequences(self, model: str) -> int:
         """Of the whole batch."""
@@ -112,12 +114,20 @@ class StepRank(Rank):
         us = []
         for _ in range(num_samples):
             self.barrier()
-            start = time.perf_counter_ns()
+            start, on_core = time.perf_counter_ns(), time.thread_time_ns()
             for _ in range(iters):
                 self.step(built)
-            us.append((time.perf_counter_ns() - start) / (1000 * iters))
+            ns = time.perf_counter_ns() - start
+            us.append(ns / (1000 * iters))
+            self.spent.setdefault(variant, []).append((ns, time.thread_time_ns() - on_core))
         self.barrier()
         return us
+
+    def off_core(self, variant: str) -> float:
+        """Per cent of the time of the samples so far. Of a variant that waits for nobody: what other processes took.
+        NaN where these ranks took no sample: they were started after one that failed."""
+        ns, on_core = (sum(each) for each in zip(*self.spent.get(variant, [(0, 0)]), strict=True))
+        return 100 * (1 - on_core / ns) if ns else math.nan
 
     def profile(self, variant: str, case: Case, num_steps: int) -> list[breakdown.StepProfile]:
         built = self.of(variant, case)
