@@ -102,6 +102,7 @@ class RankPool:
 
     def _start(self) -> None:
         native.library()  # compiled once, before the ranks ask for it
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch.profiler announces every start and stop
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="pypar_bench_")
         self._page = os.memfd_create("pypar_bench")

@@ -165,3 +165,37 @@ def chart(bench: str, title: str, results: Sequence[Result], folder: Path = RESU
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(loc="upper left", fontsize=9)
     return _save(figure, bench, folder)
+
+
+Parts = dict[str, dict[str, float]]  # variant -> {part of a step: ms}
+
+
+def part_table(parts: Parts, names: Sequence[str]) -> str:
+    """Variants down, parts across, milliseconds."""
+    rows = [["ms", *names, "sum"]]
+    for variant, of in parts.items():
+        rows.append([variant, *(f"{of[name]:.1f}" for name in names), f"{sum(of.values()):.1f}"])
+    return _aligned(rows)
+
+
+def stacked(bench: str, title: str, parts: Parts, names: Sequence[str], folder: Path = RESULTS) -> Path:
+    """A bar per variant, its parts one on the other, with the milliseconds of those large enough to read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(7, 1.6 * len(parts) + 3), 6.5), layout="constrained")
+    bottoms = [0.0] * len(parts)
+    highest = max(sum(of.values()) for of in parts.values())
+    for k, name in enumerate(names):
+        heights = [max(0.0, of[name]) for of in parts.values()]
+        drawn = axes.bar(list(parts), heights, bottom=bottoms, label=name, color=f"C{k}")
+        axes.bar_label(drawn, [f"{h:.0f}" if h > 0.025 * highest else "" for h in heights], label_type="center")
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    axes.set_ylabel("ms of a step, mean of the ranks")
+    axes.set_title(title, fontsize=10)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
+    axes.grid(True, axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    return _save(figure, bench, folder)

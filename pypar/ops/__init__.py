@@ -5,8 +5,8 @@ from pypar.ops.all_gather_matmul import all_gather_matmul
 from pypar.ops.all_reduce import all_reduce
 from pypar.ops.all_to_all import all_to_all
 from pypar.ops.broadcast import broadcast
-from pypar.ops.keyed_dropout import keyed_dropout
 from pypar.ops.fixed_matmul import fixed_matmul
+from pypar.ops.keyed_dropout import keyed_dropout
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
@@ -18,8 +18,8 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "broadcast",
-    "keyed_dropout",
     "fixed_matmul",
+    "keyed_dropout",
     "linear_vocab_cross_entropy",
     "matmul_all_reduce",
     "matmul_reduce_scatter",

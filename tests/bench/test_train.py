@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bench import bench_train, harness
+from bench.bench_train import BENCH
 from bench.harness import Case, Result
-from bench.models import GPTConfig
-from bench.training import WAYS, TrainRank, Way, case_of, tokens_per_step
+from bench.steps import case_of
+from bench.training import WAYS, TrainRank, Way, tokens_per_step
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None, reason="no C compiler, which the barrier of the bench needs"
@@ -24,15 +25,15 @@ EXTRA = ["efficiency", "tokens_per_s"]
 class Forgetful(TrainRank):
     """Plants what is wrong: ddp-gloo never reduces, and dp-gloo-copy forgets to once its steps are timed."""
 
-    def build(self, way: Way, config: GPTConfig) -> torch.nn.Module:
-        module = super().build(way, config)
+    def wrap(self, way: Way, module: torch.nn.Module) -> torch.nn.Module:
+        wrapped = super().wrap(way, module)
         if way == WAYS["ddp-gloo"]:
-            module.require_backward_grad_sync = False
-        return module
+            wrapped.require_backward_grad_sync = False
+        return wrapped
 
     def measure(self, variant: str, case: Case, iters: int, num_samples: int) -> list[float]:
         if variant == "dp-gloo-copy":
-            self.of(variant, case)[0].require_backward_grad_sync = False
+            self.of(variant, case).module.require_backward_grad_sync = False
         return super().measure(variant, case, iters, num_samples)
 
 
@@ -43,7 +44,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_wrong_variants_have_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ways = bench_train.ways_of(["ddp-gloo", "dp-gloo", "dp-gloo-copy"], [25])
-    case, results = bench_train.run_model("tiny", ways, steps=2, kind=Forgetful, say=lambda line: None)
+    case, results = BENCH.run_model("tiny", ways, steps=2, kind=Forgetful, say=lambda line: None)
     assert {r.variant: bool(r.refused) for r in results} == {
         "none": False, "ddp-gloo": True, "dp-gloo": False, "dp-gloo-copy": True,
     }  # fmt: skip
@@ -51,7 +52,7 @@ def test_wrong_variants_have_no_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "the gradient of embedding.weight is off by" in refused["ddp-gloo"]
     assert "the ranks hold different weights, first embedding.weight" in refused["dp-gloo-copy"]
 
-    assert not bench_train.publish(results, case, ways, tmp_path)
+    assert not BENCH.publish(results, case, ways, tmp_path)
     rows = read(tmp_path / "bench_train.csv")
     assert {row["variant"] for row in rows} == {"none", "dp-gloo"}
     assert capsys.readouterr().out.count("REFUSED") == 2
@@ -79,11 +80,11 @@ def test_efficiency_its_target_and_tokens_are_of_one_regime() -> None:
     times = {("none", "slow"): 97.0, ("dp-pypar", "slow"): 100.0, ("none", "fast"): 90.0, ("dp-pypar", "fast"): 100.0}
     results = [Result(case, name, regime, [1e3 * ms], line_ns=[(50, 50)]) for (name, regime), ms in times.items()]
     ways = bench_train.ways_of(["dp-pypar", "ddp-gloo"], [25])
-    bench_train.add_columns(results, case, ways)
+    BENCH.add_columns(results, case, ways)
     assert [r.extra["efficiency"] for r in results] == ["1.0000", "0.9700", "1.0000", "0.9000"]
     assert results[0].extra["tokens_per_s"] == f"{2 * 2 * 256 / 0.097:.1f}" and tokens_per_step(case) == 1024
     verdicts = [
-        {ratio.name: ratio.verdict(case.nbytes) for ratio in bench_train.efficiency(of_regime, case, ways)}
+        {ratio.name: ratio.verdict(case.nbytes) for ratio in BENCH.efficiency(of_regime, case, ways)}
         for of_regime in (results[:2], results[2:], [results[0], replace(results[1], us=[80e3])])
     ]
     assert verdicts == [{"none": "", "dp-pypar": v, "ddp-gloo": ""} for v in ("PASS", "MISS", "")]  # 121 %: implausible
