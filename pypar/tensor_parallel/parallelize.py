@@ -14,9 +14,7 @@ from pypar.tensor_parallel.dropout import Inner, key_dropouts
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.foreign import cut_alibi, sum_parts, use_shared_parameters
 from pypar.tensor_parallel.heads import Heads
-=======
 from pypar.tensor_parallel.layout import use_dense_matmuls
->>>>>>> layout
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.lora import cut_adapters, without_adapters
 from pypar.tensor_parallel.loss import loss_head, use_loss_parallel
@@ -67,7 +65,6 @@ def tensor_parallel(
     """
     if plan != "auto" and not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: give 'auto' or {{pattern: style}}")
-<<<<<<< HEAD
     base: nn.Module = getattr(module, "get_base_model", lambda: module)()  # of peft's model
     with without_adapters(base):
         _cut_model(base, place_of(group, determinism), plan, sequence_parallel, loss_parallel)
