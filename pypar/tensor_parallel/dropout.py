@@ -262,7 +262,10 @@ def _attention(
         q, k, v = (t if t.dtype == torch.float64 else t.float() for t in (query, key, value))
         if enable_gqa:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
+        # Factors that lie in order, so that a product's bits don't depend on the number of heads (layout.py).
+        scores = (
+            q.contiguous() @ k.transpose(-2, -1).contiguous() * (scale if scale is not None else q.shape[-1] ** -0.5)
+        )
         if is_causal:
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~causal, -torch.inf)
@@ -271,7 +274,7 @@ def _attention(
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
         nothing = (scores == -torch.inf).all(-1, keepdim=True)  # a query that may see no key gets zeros
         probabilities = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-        return (dropouts.drop(probabilities, dropout_p) @ v).to(dtype)
+        return (dropouts.drop(probabilities, dropout_p) @ v.contiguous()).to(dtype)
 
 
 _OF_CHANNELS: set[Callable] = {
