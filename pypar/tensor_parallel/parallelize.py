@@ -197,6 +197,7 @@ def _share_inputs(root: nn.Module, columns: list[str], place: Place) -> None:
     for caller, layers in callers.items():
         if len(layers) > 1:
             shared = SharedInput(layers[0].copy_in)
+            shared.together = tuple(layers)
             shared.attach(caller)
             for layer in layers:
                 layer.shared_input = shared

@@ -24,7 +24,8 @@ class SharedInput:
 
     def __init__(self, copy_in: Callable[[torch.Tensor], torch.Tensor]):
         self.copy_in = copy_in
-        self.together: tuple[ColumnParallelLinear, ...] = ()  # those that read one GatheredRows in the last forward
+        # Those that read one GatheredRows in the last forward; before the first one, all of the parent's.
+        self.together: tuple[ColumnParallelLinear, ...] = ()
         self._forget()
 
     def _forget(self) -> None:
@@ -62,7 +63,7 @@ class SharedInput:
         if y is None:
             # What was learned before this forward: one that is computed again in backward does the same again.
             known = x.rows.together.setdefault(self, self.together)
-            layers = known if layer in known else (layer,)
+            layers = [each for each in known if each.in_features == layer.in_features] if layer in known else [layer]
             x.outputs.update(zip(layers, x.products([each.operands() for each in layers]), strict=True))
             y = x.outputs.pop(layer)
         return y

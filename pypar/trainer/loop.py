@@ -51,8 +51,6 @@ class Trainer:
         if job.resume:
             ranks.agree(lambda: self._resume(Path(job.resume or "")))
         self.parallel = model.wrap(self.module, self.layout)
-        if self.layout.tp > 1:
-            self._warm_up()
 
     def _make_module(self) -> torch.nn.Module:
         """The full module, the same on every rank, on this rank's device."""
@@ -118,16 +116,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
-
-    @torch.no_grad()
-    def _warm_up(self) -> None:
-        """A forward for nothing. In their first one, the layers of sequence parallel learn which of them read the same
-        tensor, and from then on add up their gradients together: the first step of a resumed run must do so as well.
-        """
-        number = min(self.config.micro_batch(), self.train_data.num_sequences)
-        self.module.eval()
-        self._loss_sum(self.module, self.train_data, range(number))
-        self.module.train()
 
     def _total(self, own: torch.Tensor) -> float:
         """The sum over the dp ranks' data, the same bits on every rank of the job."""

@@ -137,7 +137,7 @@ def check_values(rank, world):
     for shape in ((2, 26), (1, 60), (5, 12)):  # 50, 59 and 55 rows
         same_step(Model(), parallel(), ids_of(*shape))
     model = parallel()
-    for shape in ((2, 26), (3, 30), (2, 26)):  # what is shared is learned in one shape and used in the next
+    for shape in ((2, 26), (3, 30), (2, 26)):
         same_step(Model(), model, ids_of(*shape))
     same_step(Model(tied=True), parallel(Model(tied=True)), ids_of(2, 26))
     same_step(Model(), copy.deepcopy(model), ids_of(2, 26))
@@ -153,9 +153,8 @@ def check_values(rank, world):
 
 
 def check_traffic(rank, world):
-    """Per layer two gathers and two scatters forward; q, k and v share theirs once the layer has been seen."""
+    """Per layer two gathers and two scatters forward; q, k and v share theirs, from the first forward on."""
     model, ids = parallel(), ids_of(2, 26)
-    step(model, ids)
     with Calls() as calls:
         logits = model(ids)
     layer = ["all_gather_matmul", "matmul_reduce_scatter"] * 2
@@ -165,6 +164,40 @@ def check_traffic(rank, world):
     # dx of all columns together; the rows' side gathers dy once for dx and dw; one sum for all norms and biases.
     layer = ["all_gather_matmul_both", "all_gather_matmul_dw", "matmul_reduce_scatter"] * 2
     assert sorted(calls.names) == sorted([*layer * 2, "all_reduce", "all_reduce_", "all_gather"]), calls.names
+
+
+class OtherInputs(Attention):
+    """Whose keys and values come of another tensor."""
+
+    def forward(self, x):
+        other = torch.tanh(x)
+        B, S, _ = x.shape
+        q, k, v = (p(t).view(B, S, -1, D // HEADS).transpose(1, 2)
+                   for p, t in ((self.q, x), (self.k, other), (self.v, other)))  # fmt: skip
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(B, S, -1))
+
+
+def check_other_inputs(rank, world):
+    """Layers that do not read the same tensor are computed together in vain once, and rightly all the same."""
+
+    def build():
+        model = Model()
+        for layer in model.layers:
+            layer.attention = seeded_other()
+        return model
+
+    full, model = build(), parallel(build())
+    for _ in range(2):
+        same_step(full, model, ids_of(2, 26))
+    with Calls() as calls:
+        model(ids_of(2, 26))
+    assert calls.names.count("all_gather_matmul") == 4
+
+
+def seeded_other():
+    torch.manual_seed(9)
+    return OtherInputs()
 
 
 def check_memory(rank, world):
@@ -348,6 +381,7 @@ def check_errors(rank, world):
 def check(rank, world):
     check_values(rank, world)
     check_traffic(rank, world)
+    check_other_inputs(rank, world)
     check_memory(rank, world)
     check_recomputed(rank, world)
     check_few_rows(rank, world)
