@@ -223,7 +223,10 @@ def disagree(rank, world):
     x, target = torch.ones(3, 4 + rank), torch.tensor([0, rank, 3])
     for call, what in (
         (lambda: vocab_cross_entropy(x, torch.zeros(3, dtype=torch.int64)), "rank 1 has other sizes of the vocabulary"),
-        (lambda: vocab_cross_entropy(x[:, :4], target), "rank 1 has another target, ignore_index or label_smoothing"),
+        (
+            lambda: vocab_cross_entropy(x[:, :4], target),
+            "rank 1 has another target, ignore_index, label_smoothing or determinism",
+        ),
         (
             lambda: linear_vocab_cross_entropy(x[:, :4], x[:, :4], target, chunk_rows=2),
             "disagree in linear_vocab_cross_entropy: rank 1 has another target",
