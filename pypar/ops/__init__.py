@@ -5,17 +5,22 @@ from pypar.ops.all_gather_matmul import all_gather_matmul
 from pypar.ops.all_reduce import all_reduce
 from pypar.ops.all_to_all import all_to_all
 from pypar.ops.broadcast import broadcast
+from pypar.ops.decide import Calibration, Explanation, calibrate, explain
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
 from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
 
 __all__ = [
+    "Calibration",
+    "Explanation",
     "all_gather",
     "all_gather_matmul",
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "calibrate",
+    "explain",
     "linear_vocab_cross_entropy",
     "matmul_all_reduce",
     "matmul_reduce_scatter",

@@ -18,12 +18,19 @@ def _total(x: torch.Tensor, splits: list[int] | None, group_name: str) -> int:
 
 
 def _fake(
-    x: torch.Tensor, weights: Tensors, biases: Sequence[torch.Tensor | None], splits: list[int] | None, group_name: str
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Sequence[torch.Tensor | None],
+    splits: list[int] | None,
+    group_name: str,
+    num_chunks: int = 0,
 ) -> list[torch.Tensor]:
     return [x.new_empty(_total(x, splits, group_name), w.shape[0]) for w in weights]
 
 
-def _reference_dw(x: torch.Tensor, dys: Tensors, splits: list[int] | None, group_name: str) -> list[torch.Tensor]:
+def _reference_dw(
+    x: torch.Tensor, dys: Tensors, splits: list[int] | None, group_name: str, num_chunks: int = 0
+) -> list[torch.Tensor]:
     full = torch.cat(from_all_ranks(x, group_name))
     return [dy.t() @ full for dy in dys]
 
@@ -36,26 +43,28 @@ def _reference_both(
     needs_dw: bool,
     splits: list[int] | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     full = torch.cat(from_all_ranks(dy, group_name))
     return full @ w if needs_dx else x.new_empty(0), full.t() @ x if needs_dw else w.new_empty(0)
 
 
 define(
-    "all_gather_matmul(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[]? splits, str group_name) -> Tensor[]",
+    "all_gather_matmul(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[]? splits, str group_name, "
+    "int num_chunks=0) -> Tensor[]",
     reference,
     _fake,
 )
 define(
-    "all_gather_matmul_dw(Tensor x, Tensor[] dys, SymInt[]? splits, str group_name) -> Tensor[]",
+    "all_gather_matmul_dw(Tensor x, Tensor[] dys, SymInt[]? splits, str group_name, int num_chunks=0) -> Tensor[]",
     _reference_dw,
-    lambda x, dys, splits, group_name: [x.new_empty(dy.shape[1], x.shape[1]) for dy in dys],
+    lambda x, dys, splits, group_name, num_chunks=0: [x.new_empty(dy.shape[1], x.shape[1]) for dy in dys],
 )
 define(
     "all_gather_matmul_both(Tensor dy, Tensor x, Tensor w, bool needs_dx, bool needs_dw, SymInt[]? splits, "
-    "str group_name) -> (Tensor, Tensor)",
+    "str group_name, int num_chunks=0) -> (Tensor, Tensor)",
     _reference_both,
-    lambda dy, x, w, needs_dx, needs_dw, splits, group_name: (
+    lambda dy, x, w, needs_dx, needs_dw, splits, group_name, num_chunks=0: (
         torch.empty_like(x) if needs_dx else x.new_empty(0),
         torch.empty_like(w) if needs_dw else w.new_empty(0),
     ),

@@ -9,9 +9,10 @@ from pypar.ops.library import autocast, define, name_of
 from pypar.reference.matmul_all_reduce import matmul_all_reduce as reference
 
 define(
-    "matmul_all_reduce(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, str group_name) -> Tensor",
+    "matmul_all_reduce(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, str group_name, "
+    "int num_chunks=0) -> Tensor",
     reference,
-    lambda xs, weights, bias, residual, group_name: xs[0].new_empty(xs[0].shape[0], weights[0].shape[0]),
+    lambda xs, weights, bias, residual, group_name, num_chunks=0: xs[0].new_empty(xs[0].shape[0], weights[0].shape[0]),
 )
 
 

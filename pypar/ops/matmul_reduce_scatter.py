@@ -18,6 +18,7 @@ def _fake(
     residual: torch.Tensor | None,
     splits: list[int] | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     group = group_of(group_name)
     return xs[0].new_empty(rows_per_rank(xs[0].shape[0], group.size(), splits)[group.rank()], weights[0].shape[0])
@@ -25,7 +26,7 @@ def _fake(
 
 define(
     "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, SymInt[]? splits, "
-    "str group_name) -> Tensor",
+    "str group_name, int num_chunks=0) -> Tensor",
     reference,
     _fake,
 )

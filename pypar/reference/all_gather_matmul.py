@@ -11,6 +11,7 @@ def all_gather_matmul(
     biases: list[torch.Tensor | None],
     splits: list[int] | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> list[torch.Tensor]:
     parts = from_all_ranks(x, group_name)
     wanted = splits if splits is not None else [x.shape[0]] * len(parts)

@@ -30,5 +30,6 @@ def matmul_all_reduce(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     return sum_and_round(from_all_ranks(product(xs, weights), group_name), bias, residual)

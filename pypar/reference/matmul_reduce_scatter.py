@@ -13,6 +13,7 @@ def matmul_reduce_scatter(
     residual: torch.Tensor | None,
     splits: list[int] | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     group = group_of(group_name)
     counts = rows_per_rank(xs[0].shape[0], group.size(), splits)
