@@ -96,7 +96,9 @@ class HostRank(Rank):
         self.barrier()
         got, expected = run(), want()
         self.barrier()
-        return "" if torch.equal(got, expected) else f"rank {self.rank}: {op} is off by {(got - expected).abs().max():g}"
+        return (
+            "" if torch.equal(got, expected) else f"rank {self.rank}: {op} is off by {(got - expected).abs().max():g}"
+        )
 
     def measure(self, variant: str, op: str, width: int, chunks: int, iters: int, num_samples: int) -> list[float]:
         run, _ = self.prepare(variant, op, width, chunks)
@@ -176,7 +178,7 @@ def run_rate(gbit: float, args: argparse.Namespace, pool: RankPool) -> tuple[lis
             cases.append(case)
             print(text)
     variants = [HostVariant(name, pool, chunks) for name in VARIANTS]
-    results = harness.run(variants, cases, args.rounds, 0, print, min_samples=1, patience=2)
+    results = harness.run(variants, cases, args.rounds, 0, print, min_samples=3, patience=2)
     return results, chunks
 
 
@@ -217,7 +219,10 @@ def chart(kept: Sequence[Result], ratios: Sequence[report.Ratio], folder: Path) 
             ms = [rows[width].median_us / 1e3 for width in widths if width in rows]
             axes.bar(at, ms, 0.25, label=name, color=("0.7", "C1", "C0")[k])
         shares = [ratio.value(4 * M * width) for width in widths]
-        marks = [f"K = N = {w}" + (f"\nhidden {s:.0f} %" if s is not None else "") for w, s in zip(widths, shares)]
+        marks = [
+            f"K = N = {width}" + (f"\nhidden {share:.0f} %" if share is not None else "")
+            for width, share in zip(widths, shares, strict=True)
+        ]
         axes.set_xticks(range(len(widths)), marks)
         axes.set_title(op, fontsize=10)
         axes.set_ylabel("median time, ms")

@@ -1,5 +1,6 @@
 // Python's view of comm/. Everything else is reached through torch.ops.pypar and torch.distributed.
 
+#include <array>
 #include <chrono>
 #include <thread>
 
@@ -53,11 +54,12 @@ void set_stalls(unsigned seed, uint32_t most_us) {
 }
 
 py::dict decide(const std::string& overlap, int64_t rows, int64_t row_bytes, double flop, double flop_per_s,
-                int num_hosts, double latency_s, double bytes_per_s) {
+                int num_hosts, double latency_s, double bytes_per_s, double chunk_s, double wire_cpu) {
   const auto kind = overlap == "gather"    ? pypar::Overlap::gather
                     : overlap == "scatter" ? pypar::Overlap::scatter
                                            : pypar::Overlap::reduce;
-  const auto d = pypar::decide({kind, rows, row_bytes, flop, flop_per_s, num_hosts, latency_s, bytes_per_s});
+  const auto d =
+      pypar::decide({kind, rows, row_bytes, flop, flop_per_s, num_hosts, latency_s, bytes_per_s, chunk_s, wire_cpu});
   py::dict result;
   result["num_chunks"] = d.num_chunks;
   result["matmul_s"] = d.matmul_s;
@@ -122,11 +124,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   using pypar::Calibration;
   py::class_<Calibration>(m, "Calibration")
-      .def(py::init([](double latency_s, double bytes_per_s, double f32, double f64, double bf16, double f16) {
-        return Calibration{latency_s, bytes_per_s, f32, f64, bf16, f16};
-      }))
+      .def(py::init(
+          [](const std::array<double, 8>& v) { return Calibration{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}; }))
       .def_readonly("latency_s", &Calibration::latency_s)
       .def_readonly("bytes_per_s", &Calibration::bytes_per_s)
+      .def_readonly("chunk_s", &Calibration::chunk_s)
+      .def_readonly("wire_cpu", &Calibration::wire_cpu)
       .def_readonly("float32_flops", &Calibration::float32_flops)
       .def_readonly("float64_flops", &Calibration::float64_flops)
       .def_readonly("bfloat16_flops", &Calibration::bfloat16_flops)

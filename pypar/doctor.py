@@ -21,7 +21,7 @@ FUSED = {
     "matmul_reduce_scatter": [(2048, 2048), (4096, 2048)],
     "matmul_all_reduce": [(2048, 2048), (4096, 2048)],
 }
-ASSUMED = Calibration(1e-4, 1.25e8, 1e11, 5e10, 1e11, 1e10)
+ASSUMED = Calibration(1e-4, 1.25e8, 1e-3, 0.0, 1e11, 5e10, 1e11, 1e10)
 
 
 def _version(package: str) -> str:

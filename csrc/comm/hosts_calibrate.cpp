@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ctime>
 #include <limits>
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include "comm/hosts.h"
 #include "comm/tensors.h"
@@ -17,11 +19,20 @@ namespace {
 constexpr int64_t kLinkBytes = 4 << 20;  // out of each host; a burst of a shaped link is a fraction of it
 constexpr int kPings = 16;
 constexpr int kRepeats = 2;
+constexpr int kChunks = 8;
+constexpr int64_t kChunkBytes = 64 << 10;
 constexpr int64_t kMatmulRows = 256, kMatmulCols = 512;
 
 // Coarse on purpose, so that two runs on one machine come to the same: steps of 2^(1/4).
 double rounded(double value) {
   return std::exp2(std::round(std::log2(value) * 4) / 4);
+}
+
+// Of all threads of this process.
+double cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 template <typename Run>
@@ -47,31 +58,47 @@ Calibration Hosts::measure(Deadline deadline) {
   const auto num_hosts = static_cast<int>(hosts_.size());
   const int lanes = equal_ ? local_.world() : 1;  // links that a host uses at once
   // Of the slowest rank, so that all of them come to the same.
-  at::Tensor slowest = at::zeros({6}, at::kDouble);
+  at::Tensor slowest = at::zeros({8}, at::kDouble);
   auto* times = slowest.data_ptr<double>();
-  auto shift = [&](int64_t bytes, const char* what) {  // each host sends to the next one
-    at::Tensor from = at::zeros({bytes}, at::kByte), to = at::empty({bytes}, at::kByte);
-    barrier(deadline);
-    return seconds([&] {
-      if (!inner_.across) return;
-      finish(what, deadline, [&] {
-        std::vector<int64_t> sends(static_cast<size_t>(num_hosts), 0), receives = sends;
-        sends[static_cast<size_t>((host_ + 1) % num_hosts)] = bytes;
-        receives[static_cast<size_t>((host_ + num_hosts - 1) % num_hosts)] = bytes;
-        c10d::AllToAllOptions options;
-        options.timeout = time_left(deadline);
-        return inner_.across->alltoall_base(to, from, receives, sends, options);
-      });
-    });
+  at::Tensor from = at::zeros({kLinkBytes}, at::kByte), to = at::empty({kLinkBytes}, at::kByte);
+  auto shift = [&](int64_t bytes, const std::function<void()>& meanwhile) {  // each host sends to the next one
+    if (!inner_.across) return meanwhile ? meanwhile() : void();
+    std::vector<int64_t> sends(static_cast<size_t>(num_hosts), 0), receives = sends;
+    sends[static_cast<size_t>((host_ + 1) % num_hosts)] = bytes;
+    receives[static_cast<size_t>((host_ + num_hosts - 1) % num_hosts)] = bytes;
+    at::Tensor input = from.narrow(0, 0, bytes), output = to.narrow(0, 0, bytes);
+    swap(*inner_.across, output, receives, input, sends, deadline, meanwhile);
   };
   times[0] = times[1] = std::numeric_limits<double>::max();
-  for (int i = 0; i < kPings; ++i) times[0] = std::min(times[0], shift(8, "the latency of calibrate"));
-  for (int i = 0; i < kRepeats; ++i) times[1] = std::min(times[1], shift(kLinkBytes / lanes, "calibrate"));
+  for (int i = 0; i < kPings; ++i) {
+    barrier(deadline);
+    times[0] = std::min(times[0], seconds([&] { shift(8, nullptr); }));
+  }
+  double cpu_s = 0;
+  for (int i = 0; i < kRepeats; ++i) {
+    barrier(deadline);
+    const double before = cpu_seconds();
+    const double wall_s = seconds([&] { shift(kLinkBytes / lanes, nullptr); });
+    if (wall_s >= times[1]) continue;
+    times[1] = wall_s, cpu_s = cpu_seconds() - before;
+  }
+  // Idle cores take the transport's work; where there are too few of them, the matmuls wait.
+  const int computing = local_.world() * at::get_num_threads();
+  const bool spare = local_.mesh().num_cores >= computing + local_.world();
+  times[7] = spare ? 0 : std::min(1.0, cpu_s / times[1]);
   barrier(deadline);
   times[2] = matmul_time(at::kFloat);
   times[3] = matmul_time(at::kDouble);
   times[4] = matmul_time(at::kBFloat16);
   times[5] = matmul_time(at::kHalf);
+  const auto a = at::ones({kMatmulRows, kMatmulCols}), b = at::ones({kMatmulCols, kMatmulCols});
+  at::Tensor out = at::mm(a, b);
+  barrier(deadline);
+  const double busy_s = seconds([&] {
+    for (int i = 0; i < kChunks; ++i) shift(kChunkBytes / lanes, [&] { at::mm_out(out, a, b); });
+  });
+  const double matmul_s = times[2] * 2.0 * kMatmulRows * kMatmulCols * kMatmulCols;
+  times[6] = std::max(times[0] / 2, busy_s / kChunks - matmul_s);
   all_reduce(slowest, ReduceOp::max, deadline);
   return {rounded(times[0]),     rounded(kLinkBytes / std::max(1e-9, times[1] - times[0])),
           rounded(1 / times[2]), rounded(1 / times[3]),

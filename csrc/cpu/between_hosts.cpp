@@ -23,7 +23,7 @@ int num_chunks_of(Hosts& hosts, int64_t asked, Overlap overlap, int64_t rows, in
   if (asked != 0) return static_cast<int>(asked);
   const Calibration calibration = hosts.calibration(deadline);
   return decide({overlap, rows, row_bytes, flop, flops_of(calibration, type), hosts.num_hosts(), calibration.latency_s,
-                 calibration.bytes_per_s})
+                 calibration.bytes_per_s, calibration.chunk_s, calibration.wire_cpu})
       .num_chunks;
 }
 

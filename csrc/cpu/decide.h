@@ -19,6 +19,8 @@ struct Problem {
   int num_hosts;
   double latency_s;
   double bytes_per_s;
+  double chunk_s;
+  double wire_cpu;
 };
 
 struct Decision {

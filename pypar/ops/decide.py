@@ -33,12 +33,16 @@ _HALF = (torch.float16, torch.bfloat16)
 class Calibration:
     """What the links between hosts and the matmuls of a group reach.
 
-    latency_s: of a small message from host to host. bytes_per_s: out of a host while as much comes in.
+    latency_s: of a small message from host to host. bytes_per_s: out of a host while as much comes in. chunk_s: that
+    one more chunk costs beside a matmul, when the transport waits for a core. wire_cpu: share of the wire's time, 0 to
+    1, that the transport takes from cores that multiply; 0 where there are cores to spare.
     *_flops: floating-point operations per second of one rank's matmul.
     """
 
     latency_s: float
     bytes_per_s: float
+    chunk_s: float
+    wire_cpu: float
     float32_flops: float
     float64_flops: float
     bfloat16_flops: float
@@ -46,7 +50,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
+            if name == "wire_cpu":
+                if not 0 <= value <= 1:
+                    raise ValueError(f"Calibration: wire_cpu is {value}, expected 0 to 1")
+            elif not value > 0:
                 raise ValueError(f"Calibration: {name} is {value}, expected a positive number")
 
     def flops(self, dtype: torch.dtype) -> float:
@@ -85,8 +92,8 @@ def calibrate(
 ) -> Calibration | None:
     """Measures what a group that spans hosts reaches, or sets it; a call of all ranks, which get the same numbers.
 
-    Without it, the first fused matmul of the group measures (about 0.2 s at 1 Gbit/s). A calibration given by hand fixes
-    which form every op takes, and so the bits of its sums, from one launch to the next.
+    Without it, the first fused matmul of the group measures (about 0.2 s at 1 Gbit/s). A calibration given by hand
+    fixes which form every op takes, and so the bits of its sums, from one launch to the next.
     Returns None where there is nothing to decide: the ranks share memory, or pypar doesn't serve the group.
     Raises ValueError: the ranks give different calibrations.
     """
@@ -102,7 +109,7 @@ def calibrate(
     if any(other != given[0] for other in given):
         said = ", ".join(f"rank {r}: {other}" for r, other in enumerate(given))
         raise ValueError(f"calibrate: the ranks give different calibrations ({said}); pass the same on all")
-    extension.set_calibration(name, extension.Calibration(*astuple(calibration)) if calibration else None)
+    extension.set_calibration(name, extension.Calibration(astuple(calibration)) if calibration else None)
     return _agreed(name)
 
 
@@ -125,8 +132,8 @@ def explain(
     shapes: of the tensors that one rank passes: all_gather_matmul x [M_r, K], w_i [N_i, K] ...; matmul_reduce_scatter
     and matmul_all_reduce x [M, K], w [N, K]; of their backward, all_gather_matmul_dw x [M_r, K], dy_i [M, N_i] ... and
     all_gather_matmul_both dy [M_r, N], x [M, K], w [N, K].
-    hosts: ranks on each host; default, as they are in `group`. calibration: default, the group's, which is a call of all
-    ranks where it was not measured yet; with `hosts` given, needed.
+    hosts: ranks on each host; default, as they are in `group`. calibration: default, the group's, which is a call of
+    all ranks where it was not measured yet; with `hosts` given, needed.
     Raises ValueError: an unknown op, shapes that don't fit, nothing to calibrate with.
     """
     if op not in _OVERLAPS:
@@ -167,6 +174,8 @@ def explain(
         len(hosts),
         calibration.latency_s,
         calibration.bytes_per_s,
+        calibration.chunk_s,
+        calibration.wire_cpu,
     )
     form = "chunked" if d["num_chunks"] > 1 else "whole"
     text = f"{head}: {_why(d, form, rows, flop, calibration, dtype)}"
@@ -209,11 +218,13 @@ def _why(d: dict[str, Any], form: str, rows: int, flop: float, calibration: Cali
         why = f"whole: {rows} rows make no two chunks of 64 on every host"
     else:
         why = "whole: chunks would gain less than 5 %"
+    flops = calibration.flops(dtype)
     return (
         f"{why}\n"
-        f"  matmul {1e3 * matmul:.3g} ms a rank ({flop / 1e9:.3g} GFLOP at {calibration.flops(dtype) / 1e9:.3g} GFLOP/s), "
-        f"wire {1e3 * wire:.3g} ms ({wire * calibration.bytes_per_s / 1e6:.3g} MB out of each host at "
-        f"{calibration.bytes_per_s / 1e6:.4g} MB/s), a message {1e6 * calibration.latency_s:.3g} us\n"
-        f"  whole {1e3 * d['whole_s']:.3g} ms, in chunks {1e3 * d['chunked_s']:.3g} ms: {gain:.2f} times as fast, at best "
-        f"{most:.2f}"
+        f"  matmul {1e3 * matmul:.3g} ms a rank: {flop / 1e9:.3g} GFLOP at {flops / 1e9:.3g} GFLOP/s\n"
+        f"  wire {1e3 * wire:.3g} ms: {wire * calibration.bytes_per_s / 1e6:.3g} MB out of each host at "
+        f"{calibration.bytes_per_s / 1e6:.4g} MB/s, {100 * calibration.wire_cpu:.0f} % of it on cores that multiply\n"
+        f"  a message {1e6 * calibration.latency_s:.3g} us, one more chunk {1e6 * calibration.chunk_s:.3g} us\n"
+        f"  whole {1e3 * d['whole_s']:.3g} ms, in chunks {1e3 * d['chunked_s']:.3g} ms: {gain:.2f} times as fast, "
+        f"at best {most:.2f}"
     )

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -39,7 +41,14 @@ def start(rank: int, world: int, folder: str, nodes: str) -> None:
 
 
 FIXED = pypar.Calibration(
-    latency_s=1e-4, bytes_per_s=1e9, float32_flops=1e11, float64_flops=5e10, bfloat16_flops=1e11, float16_flops=1e10
+    latency_s=1e-4,
+    bytes_per_s=1e9,
+    chunk_s=1e-4,
+    wire_cpu=0,
+    float32_flops=1e11,
+    float64_flops=5e10,
+    bfloat16_flops=1e11,
+    float16_flops=1e10,
 )
 
 
@@ -156,7 +165,14 @@ def check_backward(rank: int, world: int, folder: str, nodes: str) -> None:
 
 
 SLOW_WIRE = pypar.Calibration(
-    latency_s=1e-9, bytes_per_s=1e6, float32_flops=1e9, float64_flops=1e9, bfloat16_flops=1e9, float16_flops=1e9
+    latency_s=1e-9,
+    bytes_per_s=1e6,
+    chunk_s=1e-9,
+    wire_cpu=0,
+    float32_flops=1e9,
+    float64_flops=1e9,
+    bfloat16_flops=1e9,
+    float16_flops=1e9,
 )
 
 
@@ -214,3 +230,77 @@ def test_the_same_bits_in_every_run_and_on_every_rank(nodes, tmp_path):
         assert all(same_bits(a, b) for a, b in zip(one, other, strict=True)), "two runs differ"
     for rank in runs[0]:
         assert same_bits(rank[0], runs[0][0][0]), "ranks differ"
+
+
+def one_dies(rank: int, world: int, folder: str, nodes: str) -> str:
+    start(rank, world, folder, nodes)
+    x, w = torch.ones(4000, 64), torch.ones(512, 64)
+    rows = torch.ones(500, 64)
+    if rank == world - 1:
+        ops.matmul_all_reduce([x], [w], None, None, name(), 8)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(pypar.PeerError) as caught:
+        while True:
+            ops.matmul_all_reduce([x], [w], None, None, name(), 8)
+            ops.matmul_reduce_scatter([x], [w], None, None, None, name(), 8)
+            ops.all_gather_matmul(rows, [w], [], None, name(), 8)
+    died = time.time()
+    with pytest.raises(pypar.PeerError):  # sticky
+        ops.all_gather_matmul(rows, [w], [], None, name(), 2)
+    assert time.time() - died < 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("nodes", ["ab", "aab"])
+def test_a_rank_that_dies_ends_the_wait(nodes, tmp_path):
+    started = time.time()
+    *messages, failures = run_ranks(one_dies, len(nodes), str(tmp_path), nodes, backend="none", expect_failure=True)
+    victim = len(nodes) - 1
+    assert list(failures) == [victim], failures
+    assert time.time() - started < 30  # not the timeout of the group
+    for message in messages[:victim]:
+        assert f"rank {victim}" in message, message
+
+
+CALLS: list[Callable[[int], object]] = [
+    lambda rank: ops.matmul_all_reduce([torch.ones(900 + rank, 8)], [torch.ones(90, 8)], None, None, name(), 4),
+    lambda rank: ops.matmul_reduce_scatter(
+        [torch.ones(90, 8)], [torch.ones(90 + rank, 8)], None, None, None, name(), 4
+    ),
+    lambda rank: ops.all_gather_matmul(torch.ones(90, 8), [torch.ones(3, 8)], [], None, name(), 4 + rank),
+]
+
+
+def disagree(rank: int, world: int, folder: str, nodes: str, call: int) -> str:
+    start(rank, world, folder, nodes)
+    with pytest.raises(pypar.PeerError) as caught:
+        CALLS[call](rank)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"), [(0, "[901, 90] in 4 chunks"), (1, "[90, 91] in 4 chunks"), (2, "[180, 8] in 5 chunks")]
+)
+def test_ranks_that_disagree_are_told_apart(call, what, tmp_path):
+    for message in run_ranks(disagree, 2, str(tmp_path), "ab", call, backend="none"):
+        assert "disagree" in message and what in message and "rank 1 called" in message, message
+
+
+def compiled(rank: int, world: int, folder: str, nodes: str) -> None:
+    start(rank, world, folder, nodes)
+    pypar.calibrate(calibration=SLOW_WIRE)
+    x, w = torch.randn(300, 32, requires_grad=True), torch.randn(40, 32)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return pypar.ops.matmul_all_reduce(x, w).relu()
+
+    y = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    assert same_bits(y, block(x))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (y > 0).float() @ w)
+    args = ([x.detach()], [w], None, None, name(), 3)
+    torch.library.opcheck(ops.matmul_all_reduce.default, args)
+
+
+def test_compiles_between_hosts(tmp_path):
+    run_ranks(compiled, 2, str(tmp_path), "ab", backend="none")
