@@ -119,7 +119,8 @@ def all_gather_matmul(
                    splits, or R * M_r where splits is None. Several weights share one gather
     Backward       dx = matmul_reduce_scatter(dy_i, w_i.T), summed over i before it travels; dw_i = dy_i.T @ x of all
                    ranks, which are gathered again; db_i = the sum of the rows of dy_i
-    Communicates   (R-1) * M_r * K read by each rank, in place if x lies in symmetric memory, else staged once
+    Communicates   (R-1) * M_r * K read by each rank, in place if x lies in symmetric memory, else staged once. Between
+                   hosts: in chunks where that pays, see pypar.explain
     Saves          x (the shard alone), w_i
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       a plain matmul per block of rows; dw adds the blocks, own rank first, in float32

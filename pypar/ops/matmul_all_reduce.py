@@ -57,11 +57,11 @@ def matmul_all_reduce(
     Backward       dx = dy @ w, dw = dy.T @ x, dbias = the sum of the rows of dy, dresidual = dy: all local, since dy is
                    the same on every rank
     Communicates   two ranks or up to 64 KiB: M * N written once, (R-1) * M * N read by each rank; above, every rank
-                   sums M/R rows, which go to all
+                   sums M/R rows, which go to all. Between hosts: in chunks where that pays, see pypar.explain
     Saves          x, w
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
-                   same bits on every rank and in every run
+                   same bits on every rank and in every run. Between hosts the ranks of a host first, then the hosts
     Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
     Source         Shoeybi et al., Megatron-LM (2019), the row-parallel layer

@@ -78,11 +78,12 @@ def matmul_reduce_scatter(
                    last ranks fewer or none; bias [N] the same on all ranks, residual [M_r, N]
     Backward       dx = dy of all ranks @ w, dw = dy of all ranks.T @ x, with one gather for both; dbias = the sum of
                    this rank's rows of dy (its sum over ranks is the gradient of a bias that all hold); dresidual = dy
-    Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read
+    Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read.
+                   Between hosts: in chunks where that pays, see pypar.explain
     Saves          x, w
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
-                   same bits in every run
+                   same bits in every run. Between hosts the ranks of a host first, then the hosts
     Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit; pypar.PeerError: as all_gather_matmul
     Source         as all_gather_matmul
