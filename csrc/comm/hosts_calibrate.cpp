@@ -91,7 +91,7 @@ Calibration Hosts::measure(Deadline deadline) {
   times[3] = matmul_time(at::kDouble);
   times[4] = matmul_time(at::kBFloat16);
   times[5] = matmul_time(at::kHalf);
-  const auto a = at::ones({kMatmulRows, kMatmulCols}), b = at::ones({kMatmulCols, kMatmulCols});
+  const auto a = at::ones({kMatmulRows, kMatmulCols}, at::kFloat), b = at::ones({kMatmulCols, kMatmulCols}, at::kFloat);
   at::Tensor out = at::mm(a, b);
   barrier(deadline);
   const double busy_s = seconds([&] {
@@ -100,9 +100,16 @@ Calibration Hosts::measure(Deadline deadline) {
   const double matmul_s = times[2] * 2.0 * kMatmulRows * kMatmulCols * kMatmulCols;
   times[6] = std::max(times[0] / 2, busy_s / kChunks - matmul_s);
   all_reduce(slowest, ReduceOp::max, deadline);
-  return {rounded(times[0]),     rounded(kLinkBytes / std::max(1e-9, times[1] - times[0])),
-          rounded(1 / times[2]), rounded(1 / times[3]),
-          rounded(1 / times[4]), rounded(1 / times[5])};
+  Calibration agreed;
+  agreed.latency_s = rounded(times[0]);
+  agreed.bytes_per_s = rounded(kLinkBytes / std::max(1e-9, times[1] - times[0]));
+  agreed.chunk_s = rounded(times[6]);
+  agreed.wire_cpu = std::round(times[7] * 8) / 8;
+  agreed.float32_flops = rounded(1 / times[2]);
+  agreed.float64_flops = rounded(1 / times[3]);
+  agreed.bfloat16_flops = rounded(1 / times[4]);
+  agreed.float16_flops = rounded(1 / times[5]);
+  return agreed;
 }
 
 Calibration Hosts::calibration(Deadline deadline) {
