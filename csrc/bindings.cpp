@@ -1,5 +1,6 @@
 // Python's view of comm/. Everything else is reached through torch.ops.pypar and torch.distributed.
 
+#include <array>
 #include <chrono>
 #include <thread>
 
@@ -9,6 +10,8 @@
 
 #include "comm/errors.h"
 #include "comm/process_group.h"
+#include "comm/registry.h"
+#include "cpu/decide.h"
 #include "cpu/reduce.h"
 
 namespace py = pybind11;
@@ -50,6 +53,38 @@ void set_stalls(unsigned seed, uint32_t most_us) {
   pypar::Communicator::set_stall(most_us == 0 ? nullptr : stall);
 }
 
+py::dict decide(const std::string& overlap, int64_t rows, int64_t row_bytes, double flop, double flop_per_s,
+                int num_hosts, double latency_s, double bytes_per_s, double chunk_s, double wire_cpu) {
+  const auto kind = overlap == "gather"    ? pypar::Overlap::gather
+                    : overlap == "scatter" ? pypar::Overlap::scatter
+                                           : pypar::Overlap::reduce;
+  const auto d =
+      pypar::decide({kind, rows, row_bytes, flop, flop_per_s, num_hosts, latency_s, bytes_per_s, chunk_s, wire_cpu});
+  py::dict result;
+  result["num_chunks"] = d.num_chunks;
+  result["matmul_s"] = d.matmul_s;
+  result["wire_s"] = d.wire_s;
+  result["whole_s"] = d.whole_s;
+  result["chunked_s"] = d.chunked_s;
+  return result;
+}
+
+std::shared_ptr<pypar::Hosts> hosts_of(const std::string& group_name) {
+  auto hosts = pypar::find_hosts(group_name);
+  if (hosts == nullptr) throw pypar::ArgumentError("group '" + group_name + "' is not one of pypar that spans hosts");
+  return hosts;
+}
+
+// Of all ranks, unless it was made or set before.
+pypar::Calibration calibration(const std::string& group_name) {
+  return pypar::with_python_errors([&] {
+    const auto hosts = hosts_of(group_name);
+    pypar::Calibration result;
+    hosts->run([&](pypar::Deadline deadline) { result = hosts->calibration(deadline); });
+    return result;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -87,6 +122,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "calls", [](const pypar::ProcessGroup& self) { return self.communicator()->calls(); },
           "collectives that this rank has made in shared memory");
 
+  using pypar::Calibration;
+  py::class_<Calibration>(m, "Calibration")
+      .def(py::init(
+          [](const std::array<double, 8>& v) { return Calibration{v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]}; }))
+      .def_readonly("latency_s", &Calibration::latency_s)
+      .def_readonly("bytes_per_s", &Calibration::bytes_per_s)
+      .def_readonly("chunk_s", &Calibration::chunk_s)
+      .def_readonly("wire_cpu", &Calibration::wire_cpu)
+      .def_readonly("float32_flops", &Calibration::float32_flops)
+      .def_readonly("float64_flops", &Calibration::float64_flops)
+      .def_readonly("bfloat16_flops", &Calibration::bfloat16_flops)
+      .def_readonly("float16_flops", &Calibration::float16_flops);
+  m.def("calibration", &calibration, py::call_guard<py::gil_scoped_release>());
+  m.def("set_calibration", [](const std::string& group_name, const std::optional<Calibration>& given) {
+    hosts_of(group_name)->set_calibration(given);
+  });
+  m.def("decide", &decide);
   m.def("set_inner_factory", [](py::object factory) {
     auto kept = std::make_shared<py::object>(std::move(factory));
     pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });

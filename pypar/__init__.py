@@ -4,6 +4,7 @@ from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
 from pypar.mesh import init
+from pypar.ops import Calibration, calibrate, explain
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -14,12 +15,15 @@ from pypar.tensor_parallel import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "ColumnParallelLinear",
     "DataParallel",
     "PeerError",
     "RowParallelLinear",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
+    "calibrate",
+    "explain",
     "init",
     "ops",
     "tensor_parallel",

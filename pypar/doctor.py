@@ -12,8 +12,16 @@ from collections.abc import Iterator
 import torch
 
 from pypar import backend
+from pypar.ops import Calibration, explain
 
 OPS = ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"]
+# Op -> the shapes that one of two ranks passes, for an example.
+FUSED = {
+    "all_gather_matmul": [(1024, 4096), (2048, 4096)],
+    "matmul_reduce_scatter": [(2048, 2048), (4096, 2048)],
+    "matmul_all_reduce": [(2048, 2048), (4096, 2048)],
+}
+ASSUMED = Calibration(1e-4, 1.25e8, 1e-3, 0.0, 1e11, 5e10, 1e11, 1e10)
 
 
 def _version(package: str) -> str:
@@ -47,6 +55,19 @@ def _kernel(op: str) -> str:
     return f"C++ on shared memory, {backend.extension.cpu_capability()}"
 
 
+def _forms(op: str) -> str:
+    """Which form a fused matmul takes on one host and between hosts."""
+    if backend.extension is None:
+        return _kernel(op)
+    example = explain(op, FUSED[op], hosts=[1, 1], calibration=ASSUMED)
+    shapes = " x ".join(str(list(shape)) for shape in FUSED[op])
+    return (
+        f"one host: {_kernel(op)}, rows multiplied where they lie; between hosts: whole or chunked over gloo, as "
+        f"pypar.explain says ({shapes} float32, 2 hosts, assuming 1 Gbit/s and 100 GFLOP/s: {example.form}, "
+        f"{example.num_chunks} chunks)"
+    )
+
+
 def report() -> Iterator[tuple[str, str]]:
     """(name, value) rows; also what the benches write beside their numbers."""
     from pypar import __version__
@@ -69,6 +90,8 @@ def report() -> Iterator[tuple[str, str]]:
         yield "transport", "gloo"
     for op in OPS:
         yield f"torch.ops.pypar.{op}", _kernel(op)
+    for op in FUSED:
+        yield f"torch.ops.pypar.{op}", _forms(op)
 
 
 def main(argv: list[str] | None = None) -> int:

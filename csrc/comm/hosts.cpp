@@ -121,11 +121,30 @@ std::pair<int, int> Hosts::place_of(int rank) const {
   throw ArgumentError("pypar: rank " + std::to_string(rank) + " is on no host");
 }
 
+void Hosts::run(const std::function<void(Deadline)>& call) {
+  std::function<void(const std::function<void()>&)> turn;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    turn = turn_;
+  }
+  if (!turn) throw PeerError("group '" + local_.name() + "' was destroyed");
+  turn([&] { call(local_.default_deadline()); });
+}
+
+void Hosts::set_turn(std::function<void(const std::function<void()>&)> turn) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  turn_ = std::move(turn);
+}
+
 void Hosts::finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start) {
+  await(what, deadline, [&] { start()->wait(); });
+}
+
+void Hosts::await(const char* what, Deadline deadline, const std::function<void()>& wait) {
   local_.check_alive(local_.rank(), what, {});
   const Watch::Call call(*watch_, calls_);
   try {
-    start()->wait();
+    wait();
   } catch (const std::exception& error) {
     watch_->fail(std::string(what) + ", call " + std::to_string(calls_) + " between hosts", error.what(), deadline);
   }

@@ -4,6 +4,8 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -11,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "comm/calibration.h"
 #include "comm/communicator.h"
 #include "comm/watch.h"
 
@@ -50,6 +53,13 @@ class Hosts {
     finish("a call of all ranks", deadline, [&] { return call(*inner_.whole); });
   }
   const std::shared_ptr<Watch>& watch() const { return watch_; }
+  int num_hosts() const { return static_cast<int>(hosts_.size()); }
+  // Does any host hold more than one rank, so that it adds shares before they travel?
+  bool adds_locally() const { return static_cast<int>(hosts_.size()) < size_; }
+  // Runs a call of the operators in its turn: after the calls of the group that were issued before it.
+  void run(const std::function<void(Deadline)>& call);
+  // How run() waits for its turn; null: the group is gone.
+  void set_turn(std::function<void(const std::function<void()>&)> turn);
 
   // Tensors are contiguous. Each returns when it is done.
   void all_reduce(at::Tensor& tensor, ReduceOp op, Deadline deadline);
@@ -67,12 +77,34 @@ class Hosts {
   void reduce_scatter(at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& counts, ReduceOp op,
                       Deadline deadline);
 
+  // As Communicator's of the same names, over all ranks; src and dst count them, see hosts_rows.cpp. num_chunks: 1, the
+  // rows travel all at once, before they are consumed or after they were produced; more, a chunk travels while another
+  // is consumed or produced. Sums: the ranks of a host in their order, then the hosts in theirs.
+  void all_gather_rows(const void* in, const std::vector<int64_t>& rows, int64_t row_items, int num_chunks,
+                       const Communicator::ConsumeRows& consume, Deadline deadline, DType dtype);
+  void reduce_scatter_rows(const std::vector<int64_t>& rows, int64_t row_items, int num_chunks,
+                           const Communicator::ProduceRows& produce, void* out, const Communicator::MoreRows& more,
+                           Deadline deadline, DType dtype);
+  void all_reduce_rows(int64_t rows, int64_t row_items, int num_chunks, const Communicator::MakeRows& produce,
+                       void* out, const Communicator::MoreRows& more, Deadline deadline, DType dtype);
+
+  // What the links and the matmuls of this group reach: measured by the first call, which is one of all ranks, unless
+  // it was set. Within run().
+  Calibration calibration(Deadline deadline);
+  // Nothing: the next call measures again.
+  void set_calibration(const std::optional<Calibration>& calibration);
+
  private:
+  struct RowCall;
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
   bool leads() const { return local_.rank() == 0; }
   // Starts a call of gloo and waits for it. What gloo throws ends the group.
   void finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start);
+  void await(const char* what, Deadline deadline, const std::function<void()>& wait);
+  Calibration measure(Deadline deadline);
+  void all_reduce_few_rows(int64_t rows, int64_t row_items, void* out, const Communicator::MoreRows& more,
+                           Deadline deadline, DType dtype);
   void swap(c10d::Backend& gloo, at::Tensor& output, std::vector<int64_t> output_splits, at::Tensor& input,
             std::vector<int64_t> input_splits, Deadline deadline, const std::function<void()>& meanwhile = nullptr);
   void check_sizes(const std::vector<int64_t>& sends, const std::vector<int64_t>& expects, Deadline deadline);
@@ -92,6 +124,9 @@ class Hosts {
   InnerGroups inner_;
   std::shared_ptr<Watch> watch_;
   std::atomic<uint64_t> calls_{0};  // the same on all ranks at the same call
+  std::mutex mutex_;                // of the next two
+  std::function<void(const std::function<void()>&)> turn_;
+  std::optional<Calibration> calibration_;
 };
 
 // A reduction as gloo can do it without rounding twice: half types in float32, int16 (which gloo lacks) in int32, bool

@@ -20,12 +20,13 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
     communicator_ = std::make_shared<Communicator>(std::move(mesh));
     rings_ = std::make_unique<Rings>(*communicator_);
     if (partition_.size() > 1) {
-      hosts_ = std::make_unique<Hosts>(communicator_, partition_, store_, rank, size, options_->timeout);
+      hosts_ = std::make_shared<Hosts>(communicator_, partition_, store_, rank, size, options_->timeout);
       messages_ = std::make_unique<Messages>(*communicator_, *rings_, hosts_->whole(), hosts_->watch());
     }
   });
   communicator_->set_timeout(options_->timeout);
   communicator_->set_flush([this] { queue_.drain(); });
+  if (hosts_) hosts_->set_turn([this](const std::function<void()>& call) { take_turn(call); });
   setGroupUid(options_->group_name);
   init();
 }
@@ -33,6 +34,7 @@ ProcessGroup::ProcessGroup(c10::intrusive_ptr<c10d::Store> store, int rank, int 
 ProcessGroup::~ProcessGroup() {
   const WithoutGil no_gil;  // the worker may be in a callback that wants it
   communicator_->set_flush(nullptr);
+  if (hosts_) hosts_->set_turn(nullptr);
   if (!closed_ && !queue_.try_enter()) {
     communicator_->abort(communicator_->rank_text(communicator_->rank()) + " of group '" + options_->group_name +
                          "' dropped the group while its calls were pending; did it raise an exception?");
@@ -46,7 +48,7 @@ void ProcessGroup::setGroupUid(const std::string& name) {
   c10d::Backend::setGroupUid(name);
   if (name == registered_name_) return;
   registered_name_ = name;
-  register_communicator(name, communicator_);
+  register_communicator(name, communicator_, hosts_);
 }
 
 c10::intrusive_ptr<c10d::Backend> ProcessGroup::split(const c10::intrusive_ptr<c10d::Store>& store,
@@ -95,6 +97,18 @@ void ProcessGroup::check_open() const {
     throw PythonPeerError("rank " + std::to_string(rank_) + ": group '" + options_->group_name + "' was destroyed");
   }
   with_python_errors([&] { communicator_->refuse_in_handler(); });
+}
+
+void ProcessGroup::take_turn(const std::function<void()>& call) {
+  check_open();
+  do {
+    queue_.drain();
+  } while (!queue_.try_enter());
+  struct Leave {
+    WorkQueue& queue;
+    ~Leave() { queue.leave(); }
+  } leave{queue_};
+  call();
 }
 
 void ProcessGroup::check_root(const char* what, int64_t root) const {

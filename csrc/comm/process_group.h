@@ -96,6 +96,8 @@ class ProcessGroup : public c10d::Backend {
                 const std::vector<int64_t>& recv_bytes, Deadline deadline, DType dtype);
   // Where a rank of the group is in the communicator.
   int place_of(int rank) const;
+  // Runs `call` in this thread, after what is queued.
+  void take_turn(const std::function<void()>& call);
   WorkPtr launch_recv(Tensors& tensors, int src, int tag);
   Deadline deadline(Milliseconds timeout) const;
   void check_open() const;
@@ -107,7 +109,7 @@ class ProcessGroup : public c10d::Backend {
   std::vector<std::vector<int>> partition_;
   std::shared_ptr<Communicator> communicator_;
   std::unique_ptr<Rings> rings_;
-  std::unique_ptr<Hosts> hosts_;        // null: one host
+  std::shared_ptr<Hosts> hosts_;        // null: one host
   std::unique_ptr<Messages> messages_;  // to other hosts
   std::atomic<uint64_t> sequence_{0};   // of collectives: the same on every rank
   std::atomic<uint64_t> num_messages_{0};

@@ -13,6 +13,7 @@ namespace {
 
 struct Entry {
   std::weak_ptr<Communicator> communicator;
+  std::weak_ptr<Hosts> hosts;
   // Of a group of another backend only. The weak pointer tells a later group of the same name from this one.
   std::shared_ptr<Communicator> owned;
   std::optional<c10::weak_intrusive_ptr<c10d::ProcessGroup>> group;
@@ -59,9 +60,16 @@ KeyValue key_value_of(const c10::intrusive_ptr<c10d::Store>& store) {
           }};
 }
 
-void register_communicator(const std::string& group_name, const std::shared_ptr<Communicator>& communicator) {
+void register_communicator(const std::string& group_name, const std::shared_ptr<Communicator>& communicator,
+                           const std::shared_ptr<Hosts>& hosts) {
   std::lock_guard<std::mutex> lock(mutex());
-  entries().insert_or_assign(group_name, Entry{communicator, nullptr, std::nullopt});
+  entries().insert_or_assign(group_name, Entry{communicator, hosts, nullptr, std::nullopt});
+}
+
+std::shared_ptr<Hosts> find_hosts(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(mutex());
+  const auto found = entries().find(group_name);
+  return found == entries().end() ? nullptr : found->second.hosts.lock();
 }
 
 std::shared_ptr<Communicator> find_communicator(const std::string& group_name) {
@@ -86,7 +94,7 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name) {
                                                                    static_cast<uint64_t>(timeout.count())));
   communicator->set_timeout(timeout);
   map.insert_or_assign(group_name,
-                       Entry{communicator, communicator, c10::weak_intrusive_ptr<c10d::ProcessGroup>(group)});
+                       Entry{communicator, {}, communicator, c10::weak_intrusive_ptr<c10d::ProcessGroup>(group)});
   return communicator->whole_group() ? communicator : nullptr;
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "cpu/between_hosts.h"
 #include "cpu/layout.h"
 
 namespace pypar {
@@ -12,7 +13,7 @@ constexpr const char* kOp = "matmul_all_reduce";
 
 at::Tensor matmul_all_reduce(at::TensorList xs, at::TensorList weights, const std::optional<at::Tensor>& bias,
                              const std::optional<at::Tensor>& residual, c10::string_view group_name,
-                             c10::string_view determinism, c10::OptionalArrayRef<int64_t> sizes) {
+                             c10::string_view determinism, c10::OptionalArrayRef<int64_t> sizes, int64_t num_chunks) {
   return with_python_errors([&] {
     const auto [M, N] = check_products(kOp, xs, weights);
     if (is_layout(kOp, determinism)) {
@@ -32,6 +33,22 @@ at::Tensor matmul_all_reduce(at::TensorList xs, at::TensorList weights, const st
           M, N,
           [&](int64_t begin, int64_t num, void* data) { product(begin, num, rows_at(data, num, N, y.scalar_type())); },
           y.mutable_data_ptr(), std::ref(epilogue), communicator->default_deadline(), dtype_of(y));
+      return y;
+    }
+    if (const auto hosts = find_hosts(std::string(group_name))) {
+      Sums sums(*hosts, y);
+      Epilogue more(kOp, sums.cast(bias), sums.cast(residual), M, N, sums.wide());
+      hosts->run([&](Deadline deadline) {
+        const int chunks = num_chunks_of(*hosts, num_chunks, Overlap::reduce, M, sums.row_bytes(), flop_of(xs, N),
+                                         y.scalar_type(), deadline);
+        hosts->all_reduce_rows(
+            M, N, chunks,
+            [&](int64_t begin, int64_t num, void* data) {
+              sums.share(num, data, [&](const at::Tensor& out) { product(begin, num, out); });
+            },
+            sums.wide().mutable_data_ptr(), std::ref(more), deadline, sums.dtype());
+      });
+      sums.store();
       return y;
     }
     product(0, M, y);

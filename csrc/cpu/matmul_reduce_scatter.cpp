@@ -4,6 +4,7 @@
 
 #include <torch/library.h>
 
+#include "cpu/between_hosts.h"
 #include "cpu/layout.h"
 #include "cpu/reduce.h"
 
@@ -33,7 +34,7 @@ at::Tensor tree_reduce_scatter(const LayoutShare& share, const std::vector<int64
 at::Tensor matmul_reduce_scatter(at::TensorList xs, at::TensorList weights, const std::optional<at::Tensor>& bias,
                                  const std::optional<at::Tensor>& residual, c10::OptionalArrayRef<int64_t> splits,
                                  c10::string_view group_name, c10::string_view determinism,
-                                 c10::OptionalArrayRef<int64_t> sizes) {
+                                 c10::OptionalArrayRef<int64_t> sizes, int64_t num_chunks) {
   return with_python_errors([&] {
     const auto [M, N] = check_products(kOp, xs, weights);
     const auto group = process_group_of(std::string(group_name));
@@ -59,6 +60,23 @@ at::Tensor matmul_reduce_scatter(at::TensorList xs, at::TensorList weights, cons
             product(begins[static_cast<size_t>(dst)] + begin, num, rows_at(data, num, N, y.scalar_type()));
           },
           y.mutable_data_ptr(), std::ref(epilogue), communicator->default_deadline(), dtype_of(y));
+      return y;
+    }
+    if (const auto hosts = find_hosts(std::string(group_name))) {
+      Sums sums(*hosts, y);
+      Epilogue more(kOp, sums.cast(bias), sums.cast(residual), counts[rank], N, sums.wide());
+      hosts->run([&](Deadline deadline) {
+        const int chunks = num_chunks_of(*hosts, num_chunks, Overlap::scatter, M, sums.row_bytes(), flop_of(xs, N),
+                                         y.scalar_type(), deadline);
+        hosts->reduce_scatter_rows(
+            counts, N, chunks,
+            [&](int dst, int64_t begin, int64_t num, void* data) {
+              sums.share(num, data,
+                         [&](const at::Tensor& out) { product(begins[static_cast<size_t>(dst)] + begin, num, out); });
+            },
+            sums.wide().mutable_data_ptr(), std::ref(more), deadline, sums.dtype());
+      });
+      sums.store();
       return y;
     }
     at::Tensor full = at::empty({M, N}, y.options());

@@ -5,6 +5,7 @@ from pypar.ops.all_gather_matmul import all_gather_matmul
 from pypar.ops.all_reduce import all_reduce
 from pypar.ops.all_to_all import all_to_all
 from pypar.ops.broadcast import broadcast
+from pypar.ops.decide import Calibration, Explanation, calibrate, explain
 from pypar.ops.fixed_matmul import fixed_matmul
 from pypar.ops.keyed_dropout import keyed_dropout
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
@@ -13,11 +14,15 @@ from pypar.ops.reduce_scatter import reduce_scatter
 from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
 
 __all__ = [
+    "Calibration",
+    "Explanation",
     "all_gather",
     "all_gather_matmul",
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "calibrate",
+    "explain",
     "fixed_matmul",
     "keyed_dropout",
     "linear_vocab_cross_entropy",

@@ -25,11 +25,14 @@ def _fake(
     splits: list[int] | None,
     group_name: str,
     determinism: str = "run",
+    num_chunks: int = 0,
 ) -> list[torch.Tensor]:
     return [x.new_empty(_total(x, splits, group_name), w.shape[0]) for w in weights]
 
 
-def _reference_dw(x: torch.Tensor, dys: Tensors, splits: list[int] | None, group_name: str) -> list[torch.Tensor]:
+def _reference_dw(
+    x: torch.Tensor, dys: Tensors, splits: list[int] | None, group_name: str, num_chunks: int = 0
+) -> list[torch.Tensor]:
     full = torch.cat(from_all_ranks(x, group_name))
     return [dy.t() @ full for dy in dys]
 
@@ -42,6 +45,7 @@ def _reference_both(
     needs_dw: bool,
     splits: list[int] | None,
     group_name: str,
+    num_chunks: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     full = torch.cat(from_all_ranks(dy, group_name))
     return full @ w if needs_dx else x.new_empty(0), full.t() @ x if needs_dw else w.new_empty(0)
@@ -49,20 +53,20 @@ def _reference_both(
 
 define(
     "all_gather_matmul(Tensor x, Tensor[] weights, Tensor?[] biases, SymInt[]? splits, str group_name, "
-    "str determinism='run') -> Tensor[]",
+    "str determinism='run', int num_chunks=0) -> Tensor[]",
     reference,
     _fake,
 )
 define(
-    "all_gather_matmul_dw(Tensor x, Tensor[] dys, SymInt[]? splits, str group_name) -> Tensor[]",
+    "all_gather_matmul_dw(Tensor x, Tensor[] dys, SymInt[]? splits, str group_name, int num_chunks=0) -> Tensor[]",
     _reference_dw,
-    lambda x, dys, splits, group_name: [x.new_empty(dy.shape[1], x.shape[1]) for dy in dys],
+    lambda x, dys, splits, group_name, num_chunks=0: [x.new_empty(dy.shape[1], x.shape[1]) for dy in dys],
 )
 define(
     "all_gather_matmul_both(Tensor dy, Tensor x, Tensor w, bool needs_dx, bool needs_dw, SymInt[]? splits, "
-    "str group_name) -> (Tensor, Tensor)",
+    "str group_name, int num_chunks=0) -> (Tensor, Tensor)",
     _reference_both,
-    lambda dy, x, w, needs_dx, needs_dw, splits, group_name: (
+    lambda dy, x, w, needs_dx, needs_dw, splits, group_name, num_chunks=0: (
         torch.empty_like(x) if needs_dx else x.new_empty(0),
         torch.empty_like(w) if needs_dw else w.new_empty(0),
     ),
@@ -129,7 +133,8 @@ def all_gather_matmul(
                    for the backward with determinism "layout"; None: as many on every rank
     Backward       dx = matmul_reduce_scatter(dy_i, w_i.T), summed over i before it travels; dw_i = dy_i.T @ x of all
                    ranks, which are gathered again; db_i = the sum of the rows of dy_i
-    Communicates   (R-1) * M_r * K read by each rank, in place if x lies in symmetric memory, else staged once
+    Communicates   (R-1) * M_r * K read by each rank, in place if x lies in symmetric memory, else staged once. Between
+                   hosts: in chunks where that pays, see pypar.explain
     Saves          x (the shard alone), w_i
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       a plain matmul per block of rows; dw adds the blocks, own rank first, in float32. determinism

@@ -12,7 +12,7 @@ from pypar.reference.matmul_all_reduce import matmul_all_reduce as reference
 
 define(
     "matmul_all_reduce(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, str group_name, "
-    "str determinism='run', SymInt[]? sizes=None) -> Tensor",
+    "str determinism='run', SymInt[]? sizes=None, int num_chunks=0) -> Tensor",
     reference,
     lambda xs, weights, *_: xs[0].new_empty(xs[0].shape[0], weights[0].shape[0]),
 )
@@ -68,14 +68,15 @@ def matmul_all_reduce(
     Backward       dx = dy @ w, dw = dy.T @ x, dbias = the sum of the rows of dy, dresidual = dy: all local, since dy is
                    the same on every rank
     Communicates   two ranks or up to 64 KiB: M * N written once, (R-1) * M * N read by each rank; above, every rank
-                   sums M/R rows, which go to all
+                   sums M/R rows, which go to all. Between hosts: in chunks where that pays, see pypar.explain
     Saves          x, w
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
                    same bits on every rank and in every run. determinism "layout": the same bits for 1, 2, 4 and 8
                    ranks, too, forward and backward. K is cut into 8 virtual shards as torch.tensor_split cuts, each
                    summed as fixed_matmul sums; their float32 sums are added along the tree ((0+1)+(2+3))+((4+5)+(6+7));
-                   then bias, residual, one rounding. Float32 sums travel, so half types cost twice the bytes
+                   then bias, residual, one rounding. Float32 sums travel, so half types cost twice the bytes. Between
+                   hosts the ranks of a host first, then the hosts
     Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit, ranks whose parts of K aren't whole virtual shards;
                    pypar.PeerError: as all_gather_matmul

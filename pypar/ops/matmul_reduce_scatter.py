@@ -21,6 +21,7 @@ def _fake(
     group_name: str,
     determinism: str = "run",
     sizes: list[int] | None = None,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     group = group_of(group_name)
     return xs[0].new_empty(rows_per_rank(xs[0].shape[0], group.size(), splits)[group.rank()], weights[0].shape[0])
@@ -28,7 +29,7 @@ def _fake(
 
 define(
     "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, Tensor? bias, Tensor? residual, SymInt[]? splits, "
-    "str group_name, str determinism='run', SymInt[]? sizes=None) -> Tensor",
+    "str group_name, str determinism='run', SymInt[]? sizes=None, int num_chunks=0) -> Tensor",
     reference,
     _fake,
 )
@@ -95,12 +96,13 @@ def matmul_reduce_scatter(
                    determinism "layout"; None: as many on every rank
     Backward       dx = dy of all ranks @ w, dw = dy of all ranks.T @ x, with one gather for both; dbias = the sum of
                    this rank's rows of dy (its sum over ranks is the gradient of a bias that all hold); dresidual = dy
-    Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read
+    Communicates   (R-1)/R * M * N written by each rank, straight into memory that the owners read, as many read.
+                   Between hosts: in chunks where that pays, see pypar.explain
     Saves          x, w
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       shares rounded to the dtype, summed in float32 in rank order, then bias, residual, one rounding: the
                    same bits in every run. determinism "layout": as matmul_all_reduce, with any splits; dbias is then on
-                   rank 0 the sum of all rows, on the others 0
+                   rank 0 the sum of all rows, on the others 0. Between hosts the ranks of a host first, then the hosts
     Autocast       casts every operand, as torch's matmuls
     Raises         ValueError: shapes or dtypes that don't fit, ranks whose parts of K aren't whole virtual shards;
                    pypar.PeerError: as all_gather_matmul

@@ -13,6 +13,7 @@ def all_gather_matmul(
     splits: list[int] | None,
     group_name: str,
     determinism: str = "run",
+    num_chunks: int = 0,
 ) -> list[torch.Tensor]:
     linear = fixed_matmul if is_layout(determinism) else torch.nn.functional.linear
     parts = from_all_ranks(x, group_name)

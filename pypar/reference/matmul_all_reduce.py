@@ -33,6 +33,7 @@ def matmul_all_reduce(
     group_name: str,
     determinism: str = "run",
     sizes: list[int] | None = None,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     if is_layout(determinism):
         group = group_of(group_name)

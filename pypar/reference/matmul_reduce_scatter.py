@@ -16,6 +16,7 @@ def matmul_reduce_scatter(
     group_name: str,
     determinism: str = "run",
     sizes: list[int] | None = None,
+    num_chunks: int = 0,
 ) -> torch.Tensor:
     group = group_of(group_name)
     counts = rows_per_rank(xs[0].shape[0], group.size(), splits)
