@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "comm/contiguous.h"
 #include "comm/errors.h"
 #include "comm/process_group.h"
 #include "comm/registry.h"
@@ -144,6 +145,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });
   });
   m.def("set_stalls", &set_stalls, py::arg("seed"), py::arg("most_us"), "for pypar.testing.stalls");
+  m.def("contiguous_shards", &pypar::contiguous_shards, py::arg("group_name"), py::arg("shard_bytes"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("cpu_capability", &pypar::cpu_capability);
   m.def("copy_method", &pypar::copy_method);

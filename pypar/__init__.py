@@ -12,6 +12,7 @@ from pypar.tensor_parallel import (
     VocabParallelEmbedding,
     tensor_parallel,
 )
+from pypar.zero import Zero
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "calibrate",
     "explain",
+    "Zero",
     "init",
     "ops",
     "tensor_parallel",

@@ -17,6 +17,28 @@ def backend_name(group: dist.ProcessGroup, device: torch.device | str = "cpu") -
     return served.get(torch.device(device).type, "")
 
 
+def shares_memory(group: dist.ProcessGroup, device: torch.device | str = "cpu") -> bool:
+    """Whether all ranks of the group can map each other's memory: they are on one host, and pypar serves the group."""
+    if torch.device(device).type != "cpu" or not backend.available() or backend_name(group) != "pypar":
+        return False
+    served_by: Any = group._get_backend(torch.device("cpu"))
+    served_by = getattr(served_by, "wrapped_pg", served_by)  # under TORCH_DISTRIBUTED_DEBUG=DETAIL
+    return not served_by.spans_hosts
+
+
+def contiguous(shard_sizes: list[int], dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
+    """A flat tensor [sum(shard_sizes)] that exists once for all ranks: everybody gives the memory of its own shard, and
+    maps all of them next to each other. Zero at first.
+
+    A collective call of ranks that share memory (shares_memory); shards are whole pages of 4096 bytes, the same list on
+    every rank. Who writes where, and when, is up to the ranks. Raises ValueError for sizes that aren't whole pages.
+    """
+    item = dtype.itemsize
+    extension = backend.extension
+    assert extension is not None
+    return extension.contiguous_shards(group.group_name, [size * item for size in shard_sizes]).view(dtype)
+
+
 def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> torch.Tensor:
     """A flat tensor [numel]: in symmetric memory when pypar serves the group's CPU tensors and
     all its ranks are on one host, else an ordinary one.
@@ -25,11 +47,7 @@ def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torc
     numel and dtype. The tensor owns the handle of the rendezvous.
     """
     device = torch.device(device)
-    if numel == 0 or device.type != "cpu" or not backend.available() or backend_name(group) != "pypar":
-        return torch.empty(numel, dtype=dtype, device=device)
-    served_by: Any = group._get_backend(torch.device("cpu"))
-    served_by = getattr(served_by, "wrapped_pg", served_by)  # under TORCH_DISTRIBUTED_DEBUG=DETAIL
-    if served_by.spans_hosts:  # no memory that all ranks share
+    if numel == 0 or not shares_memory(group, device):
         return torch.empty(numel, dtype=dtype, device=device)
     import torch.distributed._symmetric_memory as symm_mem
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "comm/call.h"
 #include "cpu/reduce.h"
@@ -209,6 +210,24 @@ std::shared_ptr<Window> Communicator::rendezvous(int fd, std::byte* base, size_t
     windows_->add(base, window);
   });
   return window;
+}
+
+std::vector<Segment> Communicator::exchange_memory(int fd, const std::vector<int64_t>& sizes, Deadline deadline) {
+  std::vector<Segment> memory(static_cast<size_t>(world()));
+  guarded([&] {
+    const auto total = static_cast<uint64_t>(std::accumulate(sizes.begin(), sizes.end(), int64_t{0}));
+    Call call(*this, Op::rendezvous, DType::bytes, ReduceOp::none, total, hash_sizes(sizes.data(), world()), deadline);
+    call.agree(call.next());
+    const uint64_t timeout_ms = deadline.at_ns == 0 ? 3'600'000 : deadline.timeout_ms;
+    const auto theirs = mesh_->exchange_fds(fd, 0, timeout_ms);
+    for (int r = 0; r < world(); ++r) {
+      if (r == rank()) continue;
+      memory[static_cast<size_t>(r)] =
+          Segment::map(theirs[static_cast<size_t>(r)].first,
+                       static_cast<size_t>(std::max<int64_t>(sizes[static_cast<size_t>(r)], 1)));
+    }
+  });
+  return memory;
 }
 
 Communicator::Call::Call(Communicator& communicator, Op op, DType dtype, ReduceOp reduce_op, uint64_t count,

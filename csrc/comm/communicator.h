@@ -132,6 +132,9 @@ class Communicator {
   // Collective: makes [base, base + bytes) of `fd` a symmetric window; all ranks give the same size.
   std::shared_ptr<Window> rendezvous(int fd, std::byte* base, size_t bytes, Deadline deadline);
   Windows& windows() { return *windows_; }
+  // Collective: the memory behind everybody's fd, mapped, in rank order; nothing at the own rank. sizes[r]: bytes that
+  // rank r gives (at least a page), the same list on every rank.
+  std::vector<Segment> exchange_memory(int fd, const std::vector<int64_t>& sizes, Deadline deadline);
 
   // Bytes of each rank's control segment on a host of `world` ranks.
   static size_t segment_bytes(int world);

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.utils import _pytree as pytree
 
-from pypar.data_parallel.linear import fuse
-from pypar.data_parallel.reducer import Reducer
+from pypar.gradients.linear import fuse
+from pypar.gradients.reducer import Reducer
 
 BROADCAST_BYTES = 250 * 2**20  # of the coalesced copies of parameters and buffers
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pypar import symmetric
-from pypar.data_parallel.buckets import Bucket, Slot, assign
+from pypar.gradients.buckets import Bucket, Slot, assign
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -41,6 +41,7 @@ class Reducer:
         self.queued = False
         self.partial = False  # a backward within a backward ended before every gradient was there
         self.next = 0  # the bucket to launch next
+        self.used_anywhere: list[bool] = []  # in the last reduction, by slot
         # pypar averages in one pass, in place, with one rounding from float32.
         self.native = symmetric.backend_name(group, self.slots[0].param.device) == "pypar"
         self.place(list(reversed(self.slots)))
@@ -201,6 +202,7 @@ class Reducer:
         for bucket in self.buckets:
             self.wait(bucket)
         used_anywhere = [True] * len(self.slots) if used is None else used.bool().tolist()
+        self.used_anywhere = used_anywhere
         if not joined and (self.find_unused or self.static_graph):
             for slot in self.slots:
                 if slot.bucket is not None and slot.param.grad is None and used_anywhere[slot.index]:

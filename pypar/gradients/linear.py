@@ -8,7 +8,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from pypar.data_parallel.buckets import Slot
+from pypar.gradients.buckets import Slot
 
 
 class SlotRef:

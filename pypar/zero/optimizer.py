@@ -1,0 +1,202 @@
+"""The optimizer of a rank's shards: any element-wise one of torch's, on the pieces of parameters that the rank owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pypar.zero.flat import FlatParameters
+from pypar.zero.reducer import ShardReducer, UnitBucket
+
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """What pypar.Zero gives as .optimizer. param_groups are those of the optimizer inside, so that schedulers work;
+    its parameters are this rank's pieces, flat.
+
+    step() is collective. A gradient that is not finite on some rank leaves the step out on every rank, and is counted
+    in num_skipped.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., torch.optim.Optimizer],
+        groups: Sequence[dict[str, Any]],
+        flats: Sequence[FlatParameters],
+        reducer: ShardReducer,
+        defaults: dict[str, Any],
+    ):
+        # Not the base class's: what it would set up is the inner optimizer's.
+        self.flats, self.reducer = list(flats), reducer
+        self.group, self.rank = reducer.group, reducer.rank
+        self.num_skipped = 0
+        self.names: dict[int, str] = {}  # of each piece's parameter, by id of the piece
+        self.places: dict[int, tuple[FlatParameters, int, int, int]] = {}  # flat, begin, end, start, by id of the piece
+        pieces = {id(p): piece for bucket in reducer.buckets for p, piece in self._pieces(bucket)}
+        self.inner = make(
+            [{**group, "params": [pieces[id(p)] for p in group["params"] if id(p) in pieces]} for group in groups],
+            **defaults,
+        )
+        kind = type(self.inner).__name__
+        if kind not in ELEMENTWISE:
+            raise ValueError(
+                f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter would "
+                f"be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
+            )
+
+    def _pieces(self, bucket: UnitBucket) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        flat = bucket.parameters
+        first, _ = flat.layout.shard(flat.rank)
+        found = []
+        for piece in flat.layout.pieces(flat.rank):
+            parameter = nn.Parameter(flat.own[piece.begin - first : piece.end - first])
+            self.names[id(parameter)] = flat.names[piece.index]
+            self.places[id(parameter)] = (flat, piece.begin - first, piece.end - first, piece.start)
+            found.append((flat.parameters[piece.index], parameter))
+        return found
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    def _buckets(self) -> list[UnitBucket]:
+        return [b for b in self.reducer.buckets if b.has_shard]
+
+    def _norm(self) -> float:
+        """Of the mean gradient over all shards; not finite where some gradient is not. Collective."""
+        squares = torch.zeros((), dtype=torch.float64)
+        for bucket in self._buckets():
+            squares += torch.linalg.vector_norm(bucket.shard, dtype=torch.float32).double().square()
+        if self.reducer.world_size > 1:
+            dist.all_reduce(squares, group=self.group)
+        return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.inf
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scales the gradients so that their norm over all ranks' shards is at most max_norm; returns what it was.
+        Collective; the same number on every rank."""
+        norm = self._norm()
+        factor = max_norm / (norm + 1e-6)
+        if factor < 1 and math.isfinite(norm):
+            for bucket in self._buckets():
+                bucket.shard.mul_(factor)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not math.isfinite(self._norm()):  # also a barrier: nobody reads the parameters any more
+            self.num_skipped += 1
+            return loss
+        by_flat = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}
+        index = {slot.name: slot.index for slot in self.reducer.slots}
+        for group in self.param_groups:
+            for piece in group["params"]:
+                flat, begin, end, _ = self.places[id(piece)]
+                bucket = by_flat[id(flat)]
+                has_gradient = bucket.has_shard and index[self.names[id(piece)]] in self.reducer.has_gradient
+                piece.grad = bucket.shard[begin:end] if has_gradient else None
+        self.inner.step()
+        self.publish()
+        return loss
+
+    def publish(self) -> None:
+        """Everybody's shards become everybody's parameters."""
+        if any(flat.is_shared for flat in self.flats):
+            dist.barrier(group=self.group)
+        for flat in self.flats:
+            flat.gather()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.reducer.zero_grad()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Of this rank's pieces, as the inner optimizer's; for the same number of ranks and stage."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def full_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank.
+        Collective. What differs by parameter but not by element (a step count) is a tensor without dims."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        pieces = {id(piece): piece for group in self.param_groups for piece in group["params"]}
+        for flat in self.flats:
+            mine = [(p, self.places[key]) for key, p in pieces.items() if self.places[key][0] is flat]
+            keys = self._state_names(mine)
+            for key, is_scalar in keys:
+                found_here = self._gather(flat, mine, key, is_scalar)
+                for name, tensor in found_here.items():
+                    found.setdefault(name, {})[key] = tensor
+        return found
+
+    def _state_names(self, mine: list[Any]) -> list[tuple[str, bool]]:
+        """(name, has no dims) of every state that some rank has."""
+        names = {
+            (key, value.dim() == 0)
+            for piece, _ in mine
+            for key, value in self.inner.state.get(piece, {}).items()
+            if isinstance(value, torch.Tensor)
+        }
+        everyone: list[Any] = [None] * self.reducer.world_size
+        dist.all_gather_object(everyone, sorted(names), group=self.group)
+        return sorted({tuple(each) for names in everyone for each in names})
+
+    def _gather(
+        self, flat: FlatParameters, mine: list[Any], key: str, is_scalar: bool
+    ) -> dict[str, torch.Tensor]:
+        begin, end = flat.layout.shard(flat.rank)
+        has = torch.zeros(len(flat.names), dtype=torch.float64)
+        if is_scalar:
+            values = torch.zeros(len(flat.names), dtype=torch.float64)
+            for piece, _ in mine:
+                value = self.inner.state.get(piece, {}).get(key)
+                if value is not None:
+                    at = flat.names.index(self.names[id(piece)])
+                    values[at], has[at] = float(value), 1
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
+            return {n: v.float() for n, v, h in zip(flat.names, values, has, strict=True) if h}
+        shard = torch.zeros(end - begin, dtype=torch.float32)
+        for piece, (_, first, last, _) in mine:
+            value = self.inner.state.get(piece, {}).get(key)
+            if value is not None:
+                shard[first:last].copy_(value)
+                has[flat.names.index(self.names[id(piece)])] = 1
+        full = flat.join(shard)
+        dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
+        return {n: v.clone() for n, v, h in zip(flat.names, flat.views(full), has, strict=True) if h}
+
+    def load_full_state(self, full: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Takes this rank's pieces of what full_state() gave, under any number of ranks."""
+        for group in self.param_groups:
+            for piece in group["params"]:
+                _, begin, end, start = self.places[id(piece)]
+                for key, value in full.get(self.names[id(piece)], {}).items():
+                    if value.dim() == 0:
+                        part = value.clone()
+                    else:
+                        part = value.reshape(-1)[start : start + end - begin].to(piece.dtype, copy=True)
+                    self.inner.state[piece][key] = part

@@ -1,0 +1,174 @@
+"""Gradients of a unit, reduced to shards while backward goes on with the units before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pypar import symmetric
+from pypar.gradients.buckets import Slot
+from pypar.gradients.reducer import Reducer
+from pypar.zero.flat import FlatParameters
+
+MEMORIES = 3  # of units' gradients at a time, at stages 2 and 3: one that fills up, one that is reduced, one to spare
+
+
+class UnitBucket:
+    """The gradients of one unit: full ones while backward makes them, this rank's shard of their mean afterwards."""
+
+    def __init__(self, index: int, flat: FlatParameters, slots: Sequence[Slot]):
+        self._index, self.parameters, self.slots = index, flat, list(slots)
+        self.pending = len(self.slots)
+        self.work: Any = None
+        self.memory: torch.Tensor | None = None
+        self.flat: torch.Tensor | None = None  # [numel] of `memory`: this rank's gradients
+        begin, end = flat.layout.shard(flat.rank)
+        self.shard = torch.zeros(end - begin, dtype=flat.dtype, device=flat.device)
+        self.has_shard = False  # since zero_grad
+        self.incoming: torch.Tensor | None = None
+
+    def index(self) -> int:
+        return self._index
+
+    @property
+    def label(self) -> str:
+        return f"unit '{self.parameters.unit or 'root'}'"
+
+    def take(self, memory: torch.Tensor) -> None:
+        """Uses `memory` for the full gradients."""
+        self.memory, self.flat = memory, memory[: self.parameters.layout.numel]
+        for begin, end in self.parameters.layout.gaps():  # reduced too, and may hold another unit's gradients
+            self.flat[begin:end].zero_()
+        for slot, view in zip(self.slots, self.parameters.views(self.flat), strict=True):
+            slot.bucket, slot.view, slot.ptr = self, view, view.data_ptr()  # type: ignore[assignment]
+
+    def drop(self) -> torch.Tensor:
+        """The memory, for another unit."""
+        memory, self.memory, self.flat = self.memory, None, None
+        assert memory is not None
+        for slot in self.slots:
+            slot.param.grad = None
+            slot.view, slot.ptr = slot.param.detach().new_empty(0), 0
+        return memory
+
+
+class ShardReducer(Reducer):
+    """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward."""
+
+    buckets: list[UnitBucket]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        flats: Sequence[FlatParameters],
+        group: dist.ProcessGroup,
+        keeps_full: bool,
+        find_unused: bool,
+        static_graph: bool,
+    ):
+        self.flats, self.keeps_full = list(flats), keeps_full
+        self.memories: dict[torch.dtype, list[torch.Tensor]] = {}
+        self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
+        named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
+        super().__init__(named, group, 0, 0, find_unused, static_graph)
+
+    def place(self, order: Sequence[Slot]) -> None:
+        """Units in the reverse of the order of registration, which is about the order in which they fill up."""
+        by_param = {id(slot.param): slot for slot in self.slots}
+        self.buckets = [
+            UnitBucket(n, flat, [by_param[id(p)] for p in flat.parameters]) for n, flat in enumerate(reversed(self.flats))
+        ]
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                slot.bucket = bucket  # type: ignore[assignment]
+        if self.keeps_full:
+            for bucket in self.buckets:
+                bucket.take(self._memory(bucket.parameters, bucket.parameters.layout.numel))
+        else:
+            largest: dict[torch.dtype, FlatParameters] = {}
+            for flat in self.flats:
+                if flat.dtype not in largest or flat.layout.numel > largest[flat.dtype].layout.numel:
+                    largest[flat.dtype] = flat
+            for dtype, flat in largest.items():
+                count = min(MEMORIES, sum(f.dtype == dtype for f in self.flats))
+                self.memories[dtype] = [self._memory(flat, flat.layout.numel) for _ in range(count)]
+
+    def _memory(self, flat: FlatParameters, numel: int) -> torch.Tensor:
+        return symmetric.empty(numel, flat.dtype, self.group, flat.device)
+
+    def acquire(self, bucket: UnitBucket) -> None:
+        free = self.memories[bucket.parameters.dtype]
+        if not free:
+            oldest = next(b for b in self.buckets if b.work is not None and b.parameters.dtype == bucket.parameters.dtype)
+            self.wait(oldest)
+        bucket.take(free.pop(0))
+
+    # -- during backward -------------------------------------------------------------------------------------------
+
+    def arrived(self, slot: Slot) -> None:
+        if not self.keeps_full:
+            if not self.sync:
+                slot.used = True
+                return  # adds up in an ordinary param.grad, until a backward that reduces
+            if slot.bucket is not None and slot.bucket.flat is None:
+                self.acquire(slot.bucket)  # type: ignore[arg-type]
+        super().arrived(slot)
+
+    def fill(self, bucket: Any) -> None:
+        if bucket.flat is None:
+            self.acquire(bucket)
+        super().fill(bucket)
+
+    def launch(self, bucket: Any) -> None:
+        flat, tensor = bucket.parameters, bucket.flat
+        bucket.incoming = torch.empty_like(bucket.shard) if bucket.has_shard and not self.keeps_full else bucket.shard
+        if self.world_size == 1:
+            bucket.incoming.copy_(tensor)
+            return
+        if self.native:
+            shards = flat.shards(tensor)
+            bucket.work = dist.reduce_scatter(bucket.incoming, shards, dist.ReduceOp.AVG, self.group, async_op=True)
+        else:  # backends that take equal shards only
+            bucket.work = dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def wait(self, bucket: Any) -> None:
+        if bucket.incoming is None:
+            return
+        work, bucket.work = bucket.work, None
+        incoming, bucket.incoming = bucket.incoming, None
+        if work is not None:
+            try:
+                work.wait()
+            except Exception as error:
+                error.add_note(
+                    f"pypar.Zero, rank {self.rank} of {self.world_size}: reducing the gradients of {bucket.label}, "
+                    f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
+                )
+                raise
+            if not self.native:
+                begin, end = bucket.parameters.layout.shard(self.rank)
+                torch.div(bucket.flat[begin:end], self.world_size, out=incoming)
+        if incoming is not bucket.shard:
+            bucket.shard.add_(incoming)
+        bucket.has_shard = True
+        if not self.keeps_full:
+            self.memories[bucket.parameters.dtype].append(bucket.drop())
+
+    def reduce_and_learn(self, joined: bool = False) -> None:
+        super().reduce_and_learn(joined=joined or not self.keeps_full)
+        self.has_gradient |= {i for i, used in enumerate(self.used_anywhere) if used}
+
+    def learn(self, used_anywhere: Sequence[bool]) -> None:
+        self.learning, self.order = False, []
+        if self.static_graph:
+            for slot in self.slots:
+                slot.expected = slot.fires
+
+    def zero_grad(self) -> None:
+        self.has_gradient = set()
+        for bucket in self.buckets:
+            bucket.has_shard = False
+            for slot in bucket.slots:
+                slot.param.grad = None

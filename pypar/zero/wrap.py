@@ -1,0 +1,144 @@
+"""Zero: the module that users see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pypar.zero.flat import FlatParameters
+from pypar.zero.optimizer import ShardedOptimizer
+from pypar.zero.reducer import ShardReducer
+from pypar.zero.units import Rule, Unit, units_of
+
+BROADCAST_BYTES = 250 * 2**20
+
+
+class Zero(nn.Module):
+    """Data parallel whose ranks share out what they would all hold: ZeRO, stages 1 to 3.
+
+    Every rank feeds its share of the batch, as with DataParallel; gradients are averaged over the ranks. Each rank owns
+    a shard of every unit (a transformer block, say), and keeps:
+
+    stage 1   of the optimizer's states its shard
+    stage 2   and of the gradients; a unit's full gradients live from its backward to its reduction
+    stage 3   and of the parameters
+
+    Where the ranks share memory (one host, process group "pypar"), the parameters exist once for all of them at every
+    stage, so that nothing is gathered, and stage 3 is stage 2.
+
+    module      the full model; rank 0's values count
+    group       the ranks; default all
+    optimizer   a class of torch.optim that works element by element, whose settings are the further keyword arguments;
+                or an optimizer over the module's parameters, whose class, groups and settings are taken over
+    units       see pypar.zero.units.units_of
+    find_unused_parameters, static_graph
+                as DataParallel's
+
+    model.optimizer has step, zero_grad, clip_grad_norm_, param_groups, state_dict, full_state. After backward,
+    param.grad holds this rank's own gradients at stage 1, nothing at stages 2 and 3.
+    Raises ValueError for what can't be wrapped; RuntimeError for parameters that were moved behind its back; PeerError.
+    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup | None = None,
+        *,
+        stage: int = 3,
+        optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
+        units: Rule = "auto",
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        **settings: Any,
+    ):
+        super().__init__()
+        if stage not in (1, 2, 3):
+            raise ValueError(f"pypar.Zero: stage={stage!r}; there are 1 (optimizer), 2 (gradients), 3 (parameters)")
+        if group is None:
+            if not dist.is_initialized():
+                raise ValueError("pypar.Zero: no process group; call pypar.init() first, or pass group=")
+            group = dist.group.WORLD
+        assert group is not None
+        self.module, self.group, self.stage = module, group, stage
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.require_backward_grad_sync = True
+        make, groups, defaults = _optimizer_of(module, optimizer, settings)
+        trainable = {id(p) for each in groups for p in each["params"]}
+        self._broadcast_state()
+        self._flats = [flat for unit in units_of(module, units) for flat in _flats(unit, group, trainable)]
+        if group.size() > 1:
+            dist.barrier(group=group)  # every shard is in its place
+        trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
+        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, static_graph)
+        self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            self._reducer.check_idle()
+            for flat in self._flats:
+                flat.check()
+        output = self.module(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._reducer.sync = self.require_backward_grad_sync
+            for leaf in pytree.tree_leaves(output):
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and self._reducer.sync:
+                    self._reducer.begin_at(leaf)
+        return output
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes whose forward pass ran in here only add up locally."""
+        before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    def full_gradients(self) -> dict[str, torch.Tensor]:
+        """{name of a parameter that got one: the mean gradient over the ranks}, on every rank. Collective."""
+        found: dict[str, torch.Tensor] = {}
+        index = {slot.name: slot.index for slot in self._reducer.slots}
+        for bucket in self._reducer.buckets:
+            flat = bucket.parameters
+            if bucket.has_shard:
+                for name, view in zip(flat.names, flat.views(flat.join(bucket.shard)), strict=True):
+                    if index[name] in self._reducer.has_gradient:
+                        found[name] = view.clone()
+        return found
+
+    def _broadcast_state(self) -> None:
+        tensors = [t.detach() for t in (*self.module.parameters(), *self.module.buffers())]
+        if self.world_size > 1 and tensors:
+            dist._broadcast_coalesced(self.group, tensors, BROADCAST_BYTES, 0)
+
+
+def _flats(unit: Unit, group: dist.ProcessGroup, trainable: set[int]) -> Iterator[FlatParameters]:
+    kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in zip(unit.names, unit.parameters, strict=True):
+        kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
+    for named in kinds.values():
+        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group)
+
+
+def _optimizer_of(
+    module: nn.Module, optimizer: Any, settings: dict[str, Any]
+) -> tuple[Callable[..., torch.optim.Optimizer], list[dict[str, Any]], dict[str, Any]]:
+    """(class, groups of full parameters, its settings)"""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        if settings:
+            raise ValueError(f"pypar.Zero: {', '.join(settings)} belong to an optimizer that is there already")
+        groups = [dict(group) for group in optimizer.param_groups]
+        return type(optimizer), groups, {}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"pypar.Zero: no parameter of {type(module).__name__} requires a gradient; unfreeze one")
+    return optimizer, [{"params": trainable}], settings
+
+
