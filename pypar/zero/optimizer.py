@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pypar import ops
 from pypar.zero.flat import FlatParameters
 from pypar.zero.reducer import ShardReducer, UnitBucket
 
@@ -107,15 +108,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not math.isfinite(self._norm()):  # also a barrier: nobody reads the parameters any more
             self.num_skipped += 1
             return loss
-        by_flat = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}
+        shards = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}
         index = {slot.name: slot.index for slot in self.reducer.slots}
         for group in self.param_groups:
             for piece in group["params"]:
                 flat, begin, end, _ = self.places[id(piece)]
-                bucket = by_flat[id(flat)]
+                bucket = shards[id(flat)]
                 has_gradient = bucket.has_shard and index[self.names[id(piece)]] in self.reducer.has_gradient
                 piece.grad = bucket.shard[begin:end] if has_gradient else None
-        self.inner.step()
+        if all(_is_adam(self.inner, group) for group in self.param_groups):
+            for group in self.param_groups:
+                for piece in group["params"]:
+                    if piece.grad is not None:
+                        _adam(piece, self.inner.state[piece], group)
+        else:
+            self.inner.step()
         self.publish()
         return loss
 
@@ -200,3 +207,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     else:
                         part = value.reshape(-1)[start : start + end - begin].to(piece.dtype, copy=True)
                     self.inner.state[piece][key] = part
+
+
+def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether zero_step_ does what this group asks for."""
+    return type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) and all(
+        piece.dtype == torch.float32 and piece.device.type == "cpu" for piece in group["params"]
+    )
+
+
+def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """A step in one pass, with the states of torch's own."""
+    if not state:
+        state["step"] = torch.zeros(())
+        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+        state.update({name: torch.zeros_like(piece) for name in names})
+    state["step"] += 1
+    assert piece.grad is not None
+    ops.zero_step_(
+        piece.detach(),
+        piece.grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        int(state["step"]),
+        lr=float(group["lr"]),
+        betas=(float(group["betas"][0]), float(group["betas"][1])),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        max_exp_avg_sq=state.get("max_exp_avg_sq"),
+        decoupled=group["decoupled_weight_decay"],
+        maximize=group["maximize"],
+    )
