@@ -10,7 +10,9 @@ namespace pypar {
 // Of Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), with the order of operations of
 // torch.optim.AdamW; is_decoupled false: torch.optim.Adam, whose decay is added to the gradient.
 struct AdamW {
-  float lr, beta1, beta2, eps, weight_decay;
+  float keep;  // 1 - lr * weight_decay, found in float64 as the others that come of a subtraction
+  float weight_decay, beta2, eps;
+  float rest1, rest2;      // 1 - beta1, 1 - beta2
   float step_size;         // lr / (1 - beta1^step)
   float correction2_sqrt;  // sqrt(1 - beta2^step)
   float grad_scale;        // the gradient is multiplied by this first: unscale and clip in one

@@ -31,13 +31,13 @@ template <bool kDecoupled, bool kAmsgrad>
 inline void step_vector(const Run& run, int64_t i, const AdamW& how) {
   Vector grad = load(run.g + i) * how.grad_scale, weight = load(run.p + i);
   if (kDecoupled) {
-    weight = weight * (1.0f - how.lr * how.weight_decay);
+    weight = weight * how.keep;
   } else {
     grad = grad + weight * how.weight_decay;
   }
   Vector first = load(run.m + i), second = load(run.v + i);
-  first = first + (grad - first) * (1.0f - how.beta1);
-  second = second * how.beta2 + grad * grad * (1.0f - how.beta2);
+  first = first + (grad - first) * how.rest1;
+  second = second * how.beta2 + grad * grad * how.rest2;
   store(run.m + i, first);
   store(run.v + i, second);
   if (kAmsgrad) {

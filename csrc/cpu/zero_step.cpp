@@ -44,11 +44,12 @@ void zero_step_(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, 
     }
     const double correction1 = 1 - std::pow(beta1, static_cast<double>(step));
     const double correction2 = 1 - std::pow(beta2, static_cast<double>(step));
-    const AdamW how{static_cast<float>(lr),
-                    static_cast<float>(beta1),
+    const AdamW how{static_cast<float>(1 - lr * weight_decay),
+                    static_cast<float>(weight_decay),
                     static_cast<float>(beta2),
                     static_cast<float>(eps),
-                    static_cast<float>(weight_decay),
+                    static_cast<float>(1 - beta1),
+                    static_cast<float>(1 - beta2),
                     static_cast<float>(lr / correction1),
                     static_cast<float>(std::sqrt(correction2)),
                     static_cast<float>(grad_scale),

@@ -23,7 +23,7 @@ def tensors(n, seed=0):
 def test_steps_as_torch(kind, amsgrad, maximize):
     for n in COUNTS:
         weights, *grads = tensors(n, n)
-        settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+        settings = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.1}
         theirs = torch.nn.Parameter(weights.clone())
         optimizer = kind([theirs], amsgrad=amsgrad, maximize=maximize, foreach=False, **settings)
         ours, exp_avg, exp_avg_sq = weights.clone(), torch.zeros(n), torch.zeros(n)
