@@ -15,44 +15,53 @@ from pypar.zero.partition import Layout, Piece, lay_out
 class FlatParameters:
     """Parameters of one unit that have one dtype and are trained, or not, together.
 
-    full   [numel] all elements. Where the ranks share memory it exists once, and full holds everybody's newest values
-           after publish(); else each rank has its own, which gather() fills
-    own    this rank's shard of it: a view of `full` where memory is shared or parameters stay whole (stages 1 and 2),
-           else all that stays when `full` is freed
+    full   [numel] all elements. Where the ranks share memory it exists once; else each rank has its own, which gather()
+           fills and, unless parameters stay whole, free() empties
+    own    this rank's shard: a part of `full`, or by itself where `full` comes and goes
     """
 
-    def __init__(self, unit: str, names: Sequence[str], parameters: Sequence[nn.Parameter], group: dist.ProcessGroup):
+    def __init__(
+        self, unit: str, names: Sequence[str], parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, stays: bool
+    ):
         self.unit, self.names, self.parameters = unit, list(names), list(parameters)
         self.group, self.rank, self.world_size = group, dist.get_rank(group), dist.get_world_size(group)
         first = parameters[0]
         self.dtype, self.device = first.dtype, first.device
         self.layout: Layout = lay_out([p.numel() for p in parameters], self.world_size, first.element_size())
+        self.shapes = [p.shape for p in parameters]
         self.is_shared = self.world_size > 1 and symmetric.shares_memory(group, self.device)
+        self.stays = stays or self.is_shared or self.world_size == 1
         begin, end = self.layout.shard(self.rank)
         if self.is_shared:
             self.full = symmetric.contiguous(self.layout.shard_sizes(), self.dtype, group)
         else:
             self.full = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
-        self.own = self.full[begin:end]
         with torch.no_grad():
             self._adopt()
+        self.own = self.full[begin:end] if self.stays else self.full[begin:end].clone()
+        self._bytes = self.full.untyped_storage().nbytes()
+        self.is_full = True
 
     def _adopt(self) -> None:
         """Moves the parameters' values into `full`, and makes the parameters views of it."""
         for piece in self.layout.pieces(self.rank) if self.is_shared else self._all():
             source = self.parameters[piece.index].detach().reshape(-1)
             self.full[piece.begin : piece.end].copy_(source[piece.start : piece.start + piece.end - piece.begin])
-        for parameter, view in zip(self.parameters, self.views(self.full), strict=True):
-            parameter.data = view
+        self._point()
 
     def _all(self) -> list[Piece]:
-        return [Piece(i, o, o + n, 0) for i, (o, n) in enumerate(zip(self.layout.offsets, self.layout.sizes, strict=True))]
+        spans = zip(self.layout.offsets, self.layout.sizes, strict=True)
+        return [Piece(index, offset, offset + size, 0) for index, (offset, size) in enumerate(spans)]
+
+    def _point(self) -> None:
+        for parameter, view in zip(self.parameters, self.views(self.full), strict=True):
+            parameter.data = view
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Of a tensor laid out as `full`, one per parameter."""
         return [
-            flat[offset : offset + size].view(parameter.shape)
-            for offset, size, parameter in zip(self.layout.offsets, self.layout.sizes, self.parameters, strict=True)
+            flat[offset : offset + size].view(shape)
+            for offset, size, shape in zip(self.layout.offsets, self.layout.sizes, self.shapes, strict=True)
         ]
 
     def shards(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -60,20 +69,48 @@ class FlatParameters:
         bounds = self.layout.bounds
         return [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
-    def gather(self) -> None:
-        """Fills `full` from everybody's `own`; nothing to do where it is shared."""
-        if not self.is_shared and self.world_size > 1:
-            self.full.copy_(self.join(self.own))
-
     def join(self, shard: torch.Tensor) -> torch.Tensor:
         """[numel] of everybody's shards. Collective."""
         return torch.ops.pypar.all_gather(shard.contiguous(), self.group.group_name, self.layout.shard_sizes())
 
+    @torch.no_grad()
+    def gather(self) -> None:
+        """The parameters are whole afterwards. Collective, where they were not."""
+        if self.is_full:
+            return
+        # The storage that tensors saved for backward refer to; its contents don't count as a change.
+        self.full.untyped_storage().resize_(self._bytes)
+        with torch.autograd._unsafe_preserve_version_counter(self.full):
+            self.full.copy_(self.join(self.own))
+        self._point()
+        self.is_full = True
+
+    def free(self) -> None:
+        """Gives the memory back where the parameters come and go."""
+        if self.stays or not self.is_full:
+            return
+        for parameter in self.parameters:
+            parameter.data = parameter.data.new_empty(0)
+        self.full.untyped_storage().resize_(0)
+        self.is_full = False
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """After `own` has changed: everybody's newest values. Collective where every rank has a whole copy."""
+        if self.stays and not self.is_shared and self.world_size > 1:
+            self.full.copy_(self.join(self.own))
+
+    def keep(self) -> None:
+        """After the whole parameters have changed, by everybody alike: this rank's shard follows."""
+        begin, end = self.layout.shard(self.rank)
+        if not self.stays:
+            self.own.copy_(self.full[begin:end])
+
     def check(self) -> None:
         """The parameters are still where they were put. Raises RuntimeError."""
-        item, start = self.full.element_size(), self.full.data_ptr()
-        for name, parameter, offset in zip(self.names, self.parameters, self.layout.offsets, strict=True):
-            if parameter.data_ptr() != start + offset * item and parameter.numel():
+        home = self.full.untyped_storage()._cdata
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if self.is_full and parameter.untyped_storage()._cdata != home:
                 raise RuntimeError(
                     f"pypar.Zero, rank {self.rank}: '{name}' no longer lies where ZeRO keeps it; change a parameter in "
                     "place (parameter.data.copy_), not by assigning .data or a new nn.Parameter, and convert the "

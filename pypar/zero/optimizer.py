@@ -131,7 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(flat.is_shared for flat in self.flats):
             dist.barrier(group=self.group)
         for flat in self.flats:
-            flat.gather()
+            flat.publish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.reducer.zero_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,8 @@ class UnitBucket:
 
 
 class ShardReducer(Reducer):
-    """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward."""
+    """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward.
+    passed(unit): called when backward has made all gradients of a unit; with None, at its end."""
 
     buckets: list[UnitBucket]  # type: ignore[assignment]
 
@@ -67,8 +68,9 @@ class ShardReducer(Reducer):
         keeps_full: bool,
         find_unused: bool,
         static_graph: bool,
+        passed: Callable[[str | None], None],
     ):
-        self.flats, self.keeps_full = list(flats), keeps_full
+        self.flats, self.keeps_full, self.passed = list(flats), keeps_full, passed
         self.memories: dict[torch.dtype, list[torch.Tensor]] = {}
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
@@ -127,6 +129,7 @@ class ShardReducer(Reducer):
         if self.world_size == 1:
             bucket.incoming.copy_(tensor)
             return
+        self.passed(flat.unit)
         if self.native:
             shards = flat.shards(tensor)
             bucket.work = dist.reduce_scatter(bucket.incoming, shards, dist.ReduceOp.AVG, self.group, async_op=True)
@@ -155,6 +158,10 @@ class ShardReducer(Reducer):
         bucket.has_shard = True
         if not self.keeps_full:
             self.memories[bucket.parameters.dtype].append(bucket.drop())
+
+    def reset(self) -> None:
+        super().reset()
+        self.passed(None)
 
     def reduce_and_learn(self, joined: bool = False) -> None:
         super().reduce_and_learn(joined=joined or not self.keeps_full)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pypar.zero.flat import FlatParameters
+from pypar.zero.gather import UnitHooks
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
 from pypar.zero.units import Rule, Unit, units_of
@@ -72,11 +73,18 @@ class Zero(nn.Module):
         make, groups, defaults = _optimizer_of(module, optimizer, settings)
         trainable = {id(p) for each in groups for p in each["params"]}
         self._broadcast_state()
-        self._flats = [flat for unit in units_of(module, units) for flat in _flats(unit, group, trainable)]
-        if group.size() > 1:
+        self._flats: list[FlatParameters] = []
+        self._hooks: list[UnitHooks] = []
+        for unit in units_of(module, units):
+            flats = list(_flats(unit, group, trainable, stays=stage < 3))
+            self._flats += flats
+            if not all(flat.stays for flat in flats):
+                self._hooks.append(UnitHooks(flats, stays=unit.module is module))
+                self._hooks[-1].attach(unit.module)
+        if self.world_size > 1:
             dist.barrier(group=group)  # every shard is in its place
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
-        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, static_graph)
+        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, static_graph, self._free)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,6 +109,26 @@ class Zero(nn.Module):
         finally:
             self.require_backward_grad_sync = before
 
+    @contextmanager
+    def full_params(self) -> Iterator[None]:
+        """Within the block every parameter is whole on every rank; what the block changes in place, on every rank
+        alike, is kept. Collective."""
+        for flat in self._flats:
+            flat.gather()
+        yield
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+        with torch.no_grad():
+            for flat in self._flats:
+                flat.keep()
+        self._free()
+
+    def _free(self, unit: str | None = None) -> None:
+        """Of that unit, or of all."""
+        for hooks in self._hooks:
+            if unit is None or (hooks.flats[0].unit == unit and not hooks.stays):
+                hooks.free()
+
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{name of a parameter that got one: the mean gradient over the ranks}, on every rank. Collective."""
         found: dict[str, torch.Tensor] = {}
@@ -119,12 +147,14 @@ class Zero(nn.Module):
             dist._broadcast_coalesced(self.group, tensors, BROADCAST_BYTES, 0)
 
 
-def _flats(unit: Unit, group: dist.ProcessGroup, trainable: set[int]) -> Iterator[FlatParameters]:
+def _flats(
+    unit: Unit, group: dist.ProcessGroup, trainable: set[int], stays: bool
+) -> Iterator[FlatParameters]:
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in zip(unit.names, unit.parameters, strict=True):
         kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
     for named in kinds.values():
-        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group)
+        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group, stays)
 
 
 def _optimizer_of(

@@ -129,7 +129,8 @@ def train_sharded(rank, world, stage, make, clip=None, model_class=Model, accumu
             norms.append(model.optimizer.clip_grad_norm_(clip))
         model.optimizer.step()
         losses.append(total)
-    weights = {n: w.clone() for n, w in model.module.state_dict().items()}
+    with model.full_params():
+        weights = {n: w.clone() for n, w in model.module.state_dict().items()}
     return losses, norms, grads, weights, model.optimizer.full_state()
 
 
