@@ -148,8 +148,18 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
                                   Deadline deadline) {
   check_reduction(dtype, op);
   const auto item = static_cast<int64_t>(item_size(dtype));
+  if (world() == 1) return copy_bytes(out, ins[0], static_cast<size_t>(counts[0] * item));
+  auto reduce = [&](int64_t begin, int64_t num, const void* const* srcs) {
+    reduce_rows(offset(out, begin * item), srcs, world(), num, dtype, op);
+  };
+  reduce_scatter(ins, counts, reduce, dtype, op, deadline);
+}
+
+void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts, const ReduceItems& reduce, DType dtype,
+                                  ReduceOp op, Deadline deadline) {
+  const auto item = static_cast<int64_t>(item_size(dtype));
   const int64_t own = counts[rank()];
-  if (world() == 1) return copy_bytes(out, ins[0], static_cast<size_t>(own * item));
+  if (world() == 1) return reduce(0, own, ins);
   guarded([&] {
     const int64_t total = std::accumulate(counts, counts + world(), int64_t{0});
     Call call(*this, Op::reduce_scatter, dtype, op, static_cast<uint64_t>(total), hash_sizes(counts, world()),
@@ -173,7 +183,7 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
         srcs[static_cast<size_t>(r)] =
             offset(r == me ? call.header.payload : call.line(r, round).payload, before_me * item);
       }
-      return reduce_rows(out, srcs.data(), world, own, dtype, op);
+      return reduce(0, own, srcs.data());
     }
     const uint64_t window = contiguous ? call.window_of(ins[0], static_cast<size_t>(total * item)) : 0;
     const int64_t per = static_cast<int64_t>(chunk_bytes_) / (world - 1) / kCacheLineBytes * kCacheLineBytes / item;
@@ -198,11 +208,11 @@ void Communicator::reduce_scatter(const void* const* ins, const int64_t* counts,
             srcs[static_cast<size_t>(r)] =
                 r == me ? offset(ins[me], c * per * item) : call.slot(r, round) + place(me, r) * per * item;
           }
-          reduce_rows(offset(out, c * per * item), srcs.data(), world, items(c, me), dtype, op);
+          reduce(c * per, items(c, me), srcs.data());
         },
         [&](uint64_t agreed) {
           for (int r = 0; r < world; ++r) srcs[static_cast<size_t>(r)] = call.at(agreed, r) + before_me * item;
-          reduce_rows(out, srcs.data(), world, own, dtype, op);
+          reduce(0, own, srcs.data());
         });
   });
 }

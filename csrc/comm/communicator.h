@@ -95,6 +95,11 @@ class Communicator {
   // ins[d]: what rank d shall get, counts[d] elements; out: counts[rank()] elements.
   void reduce_scatter(const void* const* ins, const int64_t* counts, void* out, DType dtype, ReduceOp op,
                       Deadline deadline);
+  // The same, reduced as the caller likes: reduce(begin, num, srcs) gets elements [begin, begin + num) of this rank's
+  // part, of every rank in rank order.
+  using ReduceItems = std::function<void(int64_t begin, int64_t num, const void* const* srcs)>;
+  void reduce_scatter(const void* const* ins, const int64_t* counts, const ReduceItems& reduce, DType dtype,
+                      ReduceOp op, Deadline deadline);
   // outs[s]: what rank s gives, bytes[s] of it. `in` holds bytes[rank()].
   // `dtype` here and below is compared across ranks and named in errors; sizes are in bytes all the same.
   void all_gather(const void* in, const int64_t* bytes, void* const* outs, Deadline deadline,

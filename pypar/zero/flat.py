@@ -18,16 +18,23 @@ class FlatParameters:
     full   [numel] all elements. Where the ranks share memory it exists once; else each rank has its own, which gather()
            fills and, unless parameters stay whole, free() empties
     own    this rank's shard: a part of `full`, or by itself where `full` comes and goes
+    master own in float32, which the optimizer steps; `own` itself where parameters aren't of a half type
     """
 
     def __init__(
-        self, unit: str, names: Sequence[str], parameters: Sequence[nn.Parameter], group: dist.ProcessGroup, stays: bool
+        self,
+        unit: str,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        group: dist.ProcessGroup,
+        stays: bool,
+        dtype: torch.dtype | None = None,
     ):
         self.unit, self.names, self.parameters = unit, list(names), list(parameters)
         self.group, self.rank, self.world_size = group, dist.get_rank(group), dist.get_world_size(group)
         first = parameters[0]
-        self.dtype, self.device = first.dtype, first.device
-        self.layout: Layout = lay_out([p.numel() for p in parameters], self.world_size, first.element_size())
+        self.dtype, self.device = dtype or first.dtype, first.device
+        self.layout: Layout = lay_out([p.numel() for p in parameters], self.world_size, self.dtype.itemsize)
         self.shapes = [p.shape for p in parameters]
         self.is_shared = self.world_size > 1 and symmetric.shares_memory(group, self.device)
         self.stays = stays or self.is_shared or self.world_size == 1
@@ -36,18 +43,27 @@ class FlatParameters:
             self.full = symmetric.contiguous(self.layout.shard_sizes(), self.dtype, group)
         else:
             self.full = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
+        is_half = self.dtype in (torch.bfloat16, torch.float16)
         with torch.no_grad():
+            master = torch.zeros(end - begin, dtype=torch.float32, device=self.device) if is_half else None
+            if master is not None:
+                for piece in self.layout.pieces(self.rank):
+                    master[piece.begin - begin : piece.end - begin].copy_(self._source(piece))
             self._adopt()
         self.own = self.full[begin:end] if self.stays else self.full[begin:end].clone()
+        self.master = self.own if master is None else master
         self._bytes = self.full.untyped_storage().nbytes()
         self.is_full = True
 
     def _adopt(self) -> None:
         """Moves the parameters' values into `full`, and makes the parameters views of it."""
         for piece in self.layout.pieces(self.rank) if self.is_shared else self._all():
-            source = self.parameters[piece.index].detach().reshape(-1)
-            self.full[piece.begin : piece.end].copy_(source[piece.start : piece.start + piece.end - piece.begin])
+            self.full[piece.begin : piece.end].copy_(self._source(piece))
         self._point()
+
+    def _source(self, piece: Piece) -> torch.Tensor:
+        values = self.parameters[piece.index].detach().reshape(-1)
+        return values[piece.start : piece.start + piece.end - piece.begin]
 
     def _all(self) -> list[Piece]:
         spans = zip(self.layout.offsets, self.layout.sizes, strict=True)
@@ -103,8 +119,11 @@ class FlatParameters:
     def keep(self) -> None:
         """After the whole parameters have changed, by everybody alike: this rank's shard follows."""
         begin, end = self.layout.shard(self.rank)
+        mine = self.full[begin:end]
         if not self.stays:
-            self.own.copy_(self.full[begin:end])
+            self.own.copy_(mine)
+        if self.master is not self.own:  # what did not change keeps the digits that a half type lacks
+            self.master.copy_(torch.where(mine == self.master.to(self.dtype), self.master, mine.float()))
 
     def check(self) -> None:
         """The parameters are still where they were put. Raises RuntimeError."""

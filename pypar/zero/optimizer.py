@@ -56,7 +56,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         first, _ = flat.layout.shard(flat.rank)
         found = []
         for piece in flat.layout.pieces(flat.rank):
-            parameter = nn.Parameter(flat.own[piece.begin - first : piece.end - first])
+            parameter = nn.Parameter(flat.master[piece.begin - first : piece.end - first])
             self.names[id(parameter)] = flat.names[piece.index]
             self.places[id(parameter)] = (flat, piece.begin - first, piece.end - first, piece.start)
             found.append((flat.parameters[piece.index], parameter))
@@ -83,6 +83,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Of the mean gradient over all shards; not finite where some gradient is not. Collective."""
         squares = torch.zeros((), dtype=torch.float64)
         for bucket in self._buckets():
+            if bucket.squares is not None:
+                squares += bucket.squares
+                continue
             squares += torch.linalg.vector_norm(bucket.shard, dtype=torch.float32).double().square()
         if self.reducer.world_size > 1:
             dist.all_reduce(squares, group=self.group)
@@ -97,6 +100,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if factor < 1 and math.isfinite(norm):
             for bucket in self._buckets():
                 bucket.shard.mul_(factor)
+                bucket.squares = bucket.squares * factor**2 if bucket.squares is not None else None
         return norm
 
     @torch.no_grad()
@@ -120,9 +124,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 for piece in group["params"]:
                     if piece.grad is not None:
-                        _adam(piece, self.inner.state[piece], group)
+                        flat, begin, end, _ = self.places[id(piece)]
+                        low = flat.own[begin:end] if flat.own is not flat.master else None
+                        _adam(piece, self.inner.state[piece], group, low)
         else:
             self.inner.step()
+            for flat in self.flats:
+                if flat.own is not flat.master:
+                    flat.own.copy_(flat.master)
         self.publish()
         return loss
 
@@ -216,7 +225,7 @@ def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     )
 
 
-def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], low: torch.Tensor | None) -> None:
     """A step in one pass, with the states of torch's own."""
     if not state:
         state["step"] = torch.zeros(())
@@ -237,4 +246,5 @@ def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> 
         max_exp_avg_sq=state.get("max_exp_avg_sq"),
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
+        low=low,
     )

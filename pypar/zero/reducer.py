@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar import symmetric
+from pypar import ops, symmetric
 from pypar.gradients.buckets import Slot
 from pypar.gradients.reducer import Reducer
 from pypar.zero.flat import FlatParameters
@@ -26,7 +26,12 @@ class UnitBucket:
         self.memory: torch.Tensor | None = None
         self.flat: torch.Tensor | None = None  # [numel] of `memory`: this rank's gradients
         begin, end = flat.layout.shard(flat.rank)
-        self.shard = torch.zeros(end - begin, dtype=flat.dtype, device=flat.device)
+        # What zero_scatter_ takes is summed and kept in float32.
+        self.is_wide = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        self.shard = torch.zeros(
+            end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device
+        )
+        self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
         self.incoming: torch.Tensor | None = None
 
@@ -125,16 +130,15 @@ class ShardReducer(Reducer):
 
     def launch(self, bucket: Any) -> None:
         flat, tensor = bucket.parameters, bucket.flat
-        bucket.incoming = torch.empty_like(bucket.shard) if bucket.has_shard and not self.keeps_full else bucket.shard
-        if self.world_size == 1:
-            bucket.incoming.copy_(tensor)
-            return
         self.passed(flat.unit)
-        if self.native:
-            shards = flat.shards(tensor)
-            bucket.work = dist.reduce_scatter(bucket.incoming, shards, dist.ReduceOp.AVG, self.group, async_op=True)
-        else:  # backends that take equal shards only
-            bucket.work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        adds = bucket.has_shard and not self.keeps_full
+        if bucket.is_wide and flat.device.type == "cpu":
+            sizes, scale = flat.layout.shard_sizes(), 1 / self.world_size
+            bucket.squares = ops.zero_scatter_(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
+            self.done(bucket)
+            return
+        bucket.incoming = torch.empty_like(bucket.shard) if adds else bucket.shard
+        bucket.work = dist.all_reduce(tensor, group=self.group, async_op=True)
 
     def wait(self, bucket: Any) -> None:
         if bucket.incoming is None:
@@ -150,11 +154,15 @@ class ShardReducer(Reducer):
                     f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
                 )
                 raise
-            if not self.native:
-                begin, end = bucket.parameters.layout.shard(self.rank)
-                torch.div(bucket.flat[begin:end], self.world_size, out=incoming)
+            begin, end = bucket.parameters.layout.shard(self.rank)
+            torch.div(bucket.flat[begin:end], self.world_size, out=incoming)
         if incoming is not bucket.shard:
             bucket.shard.add_(incoming)
+        bucket.squares = None
+        self.done(bucket)
+
+    def done(self, bucket: UnitBucket) -> None:
+        """Its shard is there; the memory of its full gradients can go."""
         bucket.has_shard = True
         if not self.keeps_full:
             self.memories[bucket.parameters.dtype].append(bucket.drop())

@@ -37,6 +37,8 @@ class Zero(nn.Module):
     group       the ranks; default all
     optimizer   a class of torch.optim that works element by element, whose settings are the further keyword arguments;
                 or an optimizer over the module's parameters, whose class, groups and settings are taken over
+    param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
+                are summed and stepped in float32, on float32 shards of the weights. Floating inputs are cast
     units       see pypar.zero.units.units_of
     find_unused_parameters, static_graph
                 as DataParallel's
@@ -55,6 +57,7 @@ class Zero(nn.Module):
         stage: int = 3,
         optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
         units: Rule = "auto",
+        param_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         **settings: Any,
@@ -62,12 +65,14 @@ class Zero(nn.Module):
         super().__init__()
         if stage not in (1, 2, 3):
             raise ValueError(f"pypar.Zero: stage={stage!r}; there are 1 (optimizer), 2 (gradients), 3 (parameters)")
+        if param_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"pypar.Zero: param_dtype={param_dtype}; give torch.bfloat16, float16, float32 or None")
         if group is None:
             if not dist.is_initialized():
                 raise ValueError("pypar.Zero: no process group; call pypar.init() first, or pass group=")
             group = dist.group.WORLD
         assert group is not None
-        self.module, self.group, self.stage = module, group, stage
+        self.module, self.group, self.stage, self.param_dtype = module, group, stage, param_dtype
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.require_backward_grad_sync = True
         make, groups, defaults = _optimizer_of(module, optimizer, settings)
@@ -76,7 +81,7 @@ class Zero(nn.Module):
         self._flats: list[FlatParameters] = []
         self._hooks: list[UnitHooks] = []
         for unit in units_of(module, units):
-            flats = list(_flats(unit, group, trainable, stays=stage < 3))
+            flats = list(_flats(unit, group, trainable, stage < 3, param_dtype))
             self._flats += flats
             if not all(flat.stays for flat in flats):
                 self._hooks.append(UnitHooks(flats, stays=unit.module is module))
@@ -92,6 +97,8 @@ class Zero(nn.Module):
             self._reducer.check_idle()
             for flat in self._flats:
                 flat.check()
+        if self.param_dtype is not None:
+            args, kwargs = pytree.tree_map(self._cast, (args, kwargs))
         output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._reducer.sync = self.require_backward_grad_sync
@@ -99,6 +106,9 @@ class Zero(nn.Module):
                 if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and self._reducer.sync:
                     self._reducer.begin_at(leaf)
         return output
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.param_dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -148,13 +158,13 @@ class Zero(nn.Module):
 
 
 def _flats(
-    unit: Unit, group: dist.ProcessGroup, trainable: set[int], stays: bool
+    unit: Unit, group: dist.ProcessGroup, trainable: set[int], stays: bool, dtype: torch.dtype | None
 ) -> Iterator[FlatParameters]:
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in zip(unit.names, unit.parameters, strict=True):
         kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
     for named in kinds.values():
-        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group, stays)
+        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group, stays, dtype if named[0][1].is_floating_point() else None)
 
 
 def _optimizer_of(
