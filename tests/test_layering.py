@@ -24,7 +24,9 @@ MAY_IMPORT = {
         "pypar.ops",
         "pypar.backend",
     },
-    "pypar.data_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.data_parallel"},
+    "pypar.gradients": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend"},
+    "pypar.data_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
+    "pypar.zero": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
     "pypar.tensor_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.tensor_parallel"},
 }
 METHOD_ROOMS = ["data_parallel", "model_parallel", "pipeline_parallel", "tensor_parallel", "zero"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -82,8 +83,7 @@ class FlatParameters:
 
     def shards(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Of a tensor laid out as `full`, one per rank."""
-        bounds = self.layout.bounds
-        return [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [flat[a:b] for a, b in itertools.pairwise(self.layout.bounds)]
 
     def join(self, shard: torch.Tensor) -> torch.Tensor:
         """[numel] of everybody's shards. Collective."""

@@ -47,8 +47,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         kind = type(self.inner).__name__
         if kind not in ELEMENTWISE:
             raise ValueError(
-                f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter would "
-                f"be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
+                f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter "
+                f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
             )
 
     def _pieces(self, bucket: UnitBucket) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -180,9 +180,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         dist.all_gather_object(everyone, sorted(names), group=self.group)
         return sorted({tuple(each) for names in everyone for each in names})
 
-    def _gather(
-        self, flat: FlatParameters, mine: list[Any], key: str, is_scalar: bool
-    ) -> dict[str, torch.Tensor]:
+    def _gather(self, flat: FlatParameters, mine: list[Any], key: str, is_scalar: bool) -> dict[str, torch.Tensor]:
         begin, end = flat.layout.shard(flat.rank)
         has = torch.zeros(len(flat.names), dtype=torch.float64)
         if is_scalar:

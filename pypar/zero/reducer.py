@@ -28,9 +28,7 @@ class UnitBucket:
         begin, end = flat.layout.shard(flat.rank)
         # What zero_scatter_ takes is summed and kept in float32.
         self.is_wide = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        self.shard = torch.zeros(
-            end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device
-        )
+        self.shard = torch.zeros(end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device)
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
         self.incoming: torch.Tensor | None = None
@@ -85,7 +83,8 @@ class ShardReducer(Reducer):
         """Units in the reverse of the order of registration, which is about the order in which they fill up."""
         by_param = {id(slot.param): slot for slot in self.slots}
         self.buckets = [
-            UnitBucket(n, flat, [by_param[id(p)] for p in flat.parameters]) for n, flat in enumerate(reversed(self.flats))
+            UnitBucket(n, flat, [by_param[id(p)] for p in flat.parameters])
+            for n, flat in enumerate(reversed(self.flats))
         ]
         for bucket in self.buckets:
             for slot in bucket.slots:
@@ -108,7 +107,9 @@ class ShardReducer(Reducer):
     def acquire(self, bucket: UnitBucket) -> None:
         free = self.memories[bucket.parameters.dtype]
         if not free:
-            oldest = next(b for b in self.buckets if b.work is not None and b.parameters.dtype == bucket.parameters.dtype)
+            oldest = next(
+                b for b in self.buckets if b.work is not None and b.parameters.dtype == bucket.parameters.dtype
+            )
             self.wait(oldest)
         bucket.take(free.pop(0))
 

@@ -33,7 +33,7 @@ def units_of(root: nn.Module, rule: Rule = "auto") -> list[Unit]:
     chosen = _chosen(root, rule)
     units = [Unit("", root)] + [Unit(name, module) for name, module in chosen]
     owners: dict[int, list[str]] = {}
-    named = {}
+    named: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
         named.setdefault(id(parameter), (name, parameter))

@@ -163,8 +163,9 @@ def _flats(
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in zip(unit.names, unit.parameters, strict=True):
         kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
-    for named in kinds.values():
-        yield FlatParameters(unit.name, [n for n, _ in named], [p for _, p in named], group, stays, dtype if named[0][1].is_floating_point() else None)
+    for (given, _, _), named in kinds.items():
+        names, parameters = zip(*named, strict=True)
+        yield FlatParameters(unit.name, names, parameters, group, stays, dtype if given.is_floating_point else None)
 
 
 def _optimizer_of(
@@ -180,5 +181,3 @@ def _optimizer_of(
     if not trainable:
         raise ValueError(f"pypar.Zero: no parameter of {type(module).__name__} requires a gradient; unfreeze one")
     return optimizer, [{"params": trainable}], settings
-
-

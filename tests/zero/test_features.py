@@ -157,7 +157,7 @@ def check_wrong(rank, world):
         pypar.Zero(Model(), optimizer=torch.optim.LBFGS)
     with pytest.raises(ValueError, match="no parameter of Linear requires a gradient"):
         pypar.Zero(nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(ValueError, match="param_dtype=torch.int8"):
+    with pytest.raises(ValueError, match=r"param_dtype=torch\.int8"):
         pypar.Zero(Model(), param_dtype=torch.int8)
     full = Model()
     with pytest.raises(ValueError, match="lr belong to an optimizer that is there already"):

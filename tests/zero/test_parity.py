@@ -1,6 +1,5 @@
 """ZeRO 1, 2, 3 on several ranks against one process: loss, gradients, weights after 3 steps, optimizer states."""
 
-import copy
 import functools
 
 import pytest
