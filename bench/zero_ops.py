@@ -64,7 +64,7 @@ class ZeroRank(Rank):
             if variant == "one rank's share":
                 torch.mul(full[mine], 1.0, out=shard)
             elif fused:
-                self.ops.zero_scatter_(shard, full, [part] * self.world, group, scale=1 / self.world)
+                self.ops.zero_scatter(shard, full, [part] * self.world, group, scale=1 / self.world)
             elif variant == "gloo":  # whose reduce_scatter is an all_reduce of everything as well
                 work = full.clone()
                 dist.all_reduce(work, group=group)
@@ -89,7 +89,7 @@ class ZeroRank(Rank):
             scatter()
             if fused:
                 count[0] += 1
-                self.ops.zero_step_(params[mine], shard, *states, count[0], **SETTINGS)
+                self.ops.zero_step(params[mine], shard, *states, count[0], **SETTINGS)
                 dist.barrier(group=group)
                 return
             own.grad = shard

@@ -14,7 +14,7 @@ namespace pypar {
 
 namespace {
 
-constexpr const char* kOp = "zero_scatter_";
+constexpr const char* kOp = "zero_scatter";
 constexpr int64_t kBlock = 2048;  // elements that stay in L1 from their sum to their square
 constexpr int kLanes = 8;
 
@@ -48,7 +48,7 @@ double scale_into(float* __restrict shard, const float* __restrict sum, int64_t 
   return squares;
 }
 
-at::Tensor zero_scatter_(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale,
+at::Tensor zero_scatter(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale,
                          bool accumulate, c10::string_view group_name) {
   return with_python_errors([&] {
     check_cpu_tensor(kOp, "shard", shard), check_cpu_tensor(kOp, "full", full);
@@ -111,7 +111,7 @@ at::Tensor zero_scatter_(at::Tensor& shard, const at::Tensor& full, at::IntArray
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pypar, CPU, m) {
-  m.impl("zero_scatter_", zero_scatter_);
+  m.impl("zero_scatter", zero_scatter);
 }
 
 }  // namespace pypar

@@ -11,7 +11,7 @@ namespace pypar {
 
 namespace {
 
-constexpr const char* kOp = "zero_step_";
+constexpr const char* kOp = "zero_step";
 
 float* floats(const char* name, const at::Tensor& x, int64_t numel) {
   check_cpu_tensor(kOp, name, x);
@@ -21,7 +21,7 @@ float* floats(const char* name, const at::Tensor& x, int64_t numel) {
   return x.mutable_data_ptr<float>();
 }
 
-void zero_step_(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
+void zero_step(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
                 const std::optional<at::Tensor>& max_exp_avg_sq, const std::optional<at::Tensor>& low, int64_t step,
                 double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
                 bool decoupled, bool maximize) {
@@ -62,7 +62,7 @@ void zero_step_(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pypar, CPU, m) {
-  m.impl("zero_step_", zero_step_);
+  m.impl("zero_step", zero_step);
 }
 
 }  // namespace pypar

@@ -19,6 +19,8 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class Reducer:
     """Owns the buckets. `sync` says whether the next backward reduces or only accumulates (no_sync)."""
 
+    what = "pypar.DataParallel"  # in messages
+
     def __init__(
         self,
         named_params: Sequence[tuple[str, torch.nn.Parameter]],
@@ -83,7 +85,7 @@ class Reducer:
         elif not slot.is_home(grad):
             if grad.requires_grad:
                 warnings.warn(
-                    "pypar.DataParallel averages gradients, not what create_graph=True makes of them: the second "
+                    f"{self.what} averages gradients, not what create_graph=True makes of them: the second "
                     "derivative through param.grad stays local; use torch.autograd.grad for it",
                     stacklevel=2,
                 )
@@ -150,7 +152,7 @@ class Reducer:
             result = work.wait()
         except Exception as error:
             error.add_note(
-                f"pypar.DataParallel, rank {self.rank} of {self.world_size}: reducing bucket {bucket.index() + 1} of "
+                f"{self.what}, rank {self.rank} of {self.world_size}: reducing bucket {bucket.index() + 1} of "
                 f"{len(self.buckets)}, {bucket.flat.numel()} x {bucket.flat.dtype}, gradients of {bucket.label}"
             )
             raise
@@ -257,7 +259,7 @@ class Reducer:
             # Autograd forgets the hooks of a parameter whose data is replaced by another type's.
             if slot.param.dtype != slot.view.dtype or slot.param.device != slot.view.device:
                 raise RuntimeError(
-                    f"pypar.DataParallel, rank {self.rank}: '{slot.name}' was {slot.view.dtype} on {slot.view.device} "
+                    f"{self.what}, rank {self.rank}: '{slot.name}' was {slot.view.dtype} on {slot.view.device} "
                     f"when it was wrapped and is {slot.param.dtype} on {slot.param.device}; convert the module first, "
                     "then wrap it"
                 )
@@ -268,7 +270,7 @@ class Reducer:
         self.reset()
         if launched or partial:  # else this rank is in step with the others, and the next backward starts afresh
             raise RuntimeError(
-                f"pypar.DataParallel, rank {self.rank}: the previous backward pass did not reach its end (it raised, "
+                f"{self.what}, rank {self.rank}: the previous backward pass did not reach its end (it raised, "
                 f"or ran in parts): {launched} of {len(self.buckets)} buckets were reduced, {len(missing)} gradients "
                 f"did not arrive{_names(missing)}. The ranks may be out of step: restart the job, or, if activation "
                 "checkpointing is on, use checkpoint(..., use_reentrant=False) or static_graph=True"
@@ -277,11 +279,11 @@ class Reducer:
     def _unfinished(self, missing: Sequence[Slot]) -> None:
         if self.static_graph:
             raise RuntimeError(
-                f"pypar.DataParallel, rank {self.rank}: static_graph=True, but {len(missing)} parameters that the "
+                f"{self.what}, rank {self.rank}: static_graph=True, but {len(missing)} parameters that the "
                 f"first iteration used got no gradient{_names(missing)}; use find_unused_parameters=True instead"
             )
         raise RuntimeError(
-            f"pypar.DataParallel, rank {self.rank}: {len(missing)} of {len(self.slots)} parameters got no gradient in "
+            f"{self.what}, rank {self.rank}: {len(missing)} of {len(self.slots)} parameters got no gradient in "
             f"this backward{_names(missing)}. Every rank waits for them: pass find_unused_parameters=True, or freeze "
             "them (requires_grad=False) before wrapping, or make the loss depend on them"
         )
@@ -291,11 +293,11 @@ class Reducer:
             return
         if self.static_graph:
             raise RuntimeError(
-                f"pypar.DataParallel, rank {self.rank}: static_graph=True, but '{slot.name}' got gradient number "
+                f"{self.what}, rank {self.rank}: static_graph=True, but '{slot.name}' got gradient number "
                 f"{slot.fires} of this backward where the first iteration had {slot.expected}; use static_graph=False"
             )
         raise RuntimeError(
-            f"pypar.DataParallel, rank {self.rank}: '{slot.name}' got a second gradient in one backward, after it was "
+            f"{self.what}, rank {self.rank}: '{slot.name}' got a second gradient in one backward, after it was "
             "counted as complete. This happens when one layer lies in several reentrant checkpoints: use "
             "checkpoint(..., use_reentrant=False) or static_graph=True"
         )

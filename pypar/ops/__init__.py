@@ -12,8 +12,8 @@ from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
 from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
-from pypar.ops.zero_scatter import zero_scatter_
-from pypar.ops.zero_step import zero_step_
+from pypar.ops.zero_scatter import zero_scatter
+from pypar.ops.zero_step import zero_step
 
 __all__ = [
     "Calibration",
@@ -32,6 +32,6 @@ __all__ = [
     "matmul_reduce_scatter",
     "reduce_scatter",
     "vocab_cross_entropy",
-    "zero_scatter_",
-    "zero_step_",
+    "zero_scatter",
+    "zero_step",
 ]

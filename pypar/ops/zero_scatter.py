@@ -4,16 +4,16 @@ import torch
 import torch.distributed as dist
 
 from pypar.ops.library import define, name_of
-from pypar.reference.zero_scatter import zero_scatter_ as reference
+from pypar.reference.zero_scatter import zero_scatter as reference
 
 define(
-    "zero_scatter_(Tensor(a!) shard, Tensor full, int[] sizes, float scale, bool accumulate, str group_name) -> Tensor",
+    "zero_scatter(Tensor(a!) shard, Tensor full, int[] sizes, float scale, bool accumulate, str group_name) -> Tensor",
     reference,
     lambda shard, *_: shard.new_empty((), dtype=torch.float64),
 )
 
 
-def zero_scatter_(
+def zero_scatter(
     shard: torch.Tensor,
     full: torch.Tensor,
     sizes: list[int],
@@ -34,4 +34,4 @@ def zero_scatter_(
     Raises         ValueError: sizes or types that don't fit; pypar.PeerError: ranks that disagree, a rank that died
     Source         Rajbhandari et al., ZeRO (2020), stage 2
     """
-    return torch.ops.pypar.zero_scatter_(shard, full, sizes, scale, accumulate, name_of(group))
+    return torch.ops.pypar.zero_scatter(shard, full, sizes, scale, accumulate, name_of(group))

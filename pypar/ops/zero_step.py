@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pypar.ops.library import define
-from pypar.reference.zero_step import zero_step_ as reference
+from pypar.reference.zero_step import zero_step as reference
 
 
 def _fake(*_: Any) -> None:
@@ -13,7 +13,7 @@ def _fake(*_: Any) -> None:
 
 
 define(
-    "zero_step_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
+    "zero_step(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, "
     "Tensor(e!)? low, int step, float lr, float beta1, float beta2, float eps, float weight_decay, float grad_scale, "
     "bool decoupled, bool maximize) -> ()",
     reference,
@@ -21,7 +21,7 @@ define(
 )
 
 
-def zero_step_(
+def zero_step(
     param: torch.Tensor,
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
@@ -52,7 +52,7 @@ def zero_step_(
     Raises         ValueError: tensors of another type, size or layout, step below 1
     Source         Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019)
     """
-    torch.ops.pypar.zero_step_(
+    torch.ops.pypar.zero_step(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, low, step, lr, betas[0], betas[1], eps, weight_decay,
         grad_scale, decoupled, maximize,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from pypar.reference.collectives import from_all_ranks, group_of
 
 
-def zero_scatter_(
+def zero_scatter(
     shard: torch.Tensor, full: torch.Tensor, sizes: list[int], scale: float, accumulate: bool, group_name: str
 ) -> torch.Tensor:
     rank = group_of(group_name).rank()

@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def zero_step_(
+def zero_step(
     param: torch.Tensor,
     grad: torch.Tensor,
     exp_avg: torch.Tensor,

@@ -217,7 +217,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether zero_step_ does what this group asks for."""
+    """Whether zero_step does what this group asks for."""
     return type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) and all(
         piece.dtype == torch.float32 and piece.device.type == "cpu" for piece in group["params"]
     )
@@ -231,7 +231,7 @@ def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], low
         state.update({name: torch.zeros_like(piece) for name in names})
     state["step"] += 1
     assert piece.grad is not None
-    ops.zero_step_(
+    ops.zero_step(
         piece.detach(),
         piece.grad,
         state["exp_avg"],

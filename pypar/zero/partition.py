@@ -52,7 +52,7 @@ class Layout:
     def gaps(self) -> Iterator[tuple[int, int]]:
         """Elements that are nobody's."""
         ends = [o + n for o, n in zip(self.offsets, self.sizes, strict=True)]
-        for end, start in zip(ends, [*self.offsets[1:], self.numel], strict=True):
+        for end, start in zip(ends, [*self.offsets[1:], self.numel], strict=False):
             if end < start:
                 yield end, start
 

@@ -26,7 +26,7 @@ class UnitBucket:
         self.memory: torch.Tensor | None = None
         self.flat: torch.Tensor | None = None  # [numel] of `memory`: this rank's gradients
         begin, end = flat.layout.shard(flat.rank)
-        # What zero_scatter_ takes is summed and kept in float32.
+        # What zero_scatter takes is summed and kept in float32.
         self.is_wide = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
         self.shard = torch.zeros(end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device)
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
@@ -62,6 +62,7 @@ class ShardReducer(Reducer):
     """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward.
     passed(unit): called when backward has made all gradients of a unit; with None, at its end."""
 
+    what = "pypar.Zero"
     buckets: list[UnitBucket]  # type: ignore[assignment]
 
     def __init__(
@@ -89,6 +90,7 @@ class ShardReducer(Reducer):
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.bucket = bucket  # type: ignore[assignment]
+                slot.view = slot.param.detach().new_empty(0)
         if self.keeps_full:
             for bucket in self.buckets:
                 bucket.take(self._memory(bucket.parameters, bucket.parameters.layout.numel))
@@ -135,7 +137,7 @@ class ShardReducer(Reducer):
         adds = bucket.has_shard and not self.keeps_full
         if bucket.is_wide and flat.device.type == "cpu":
             sizes, scale = flat.layout.shard_sizes(), 1 / self.world_size
-            bucket.squares = ops.zero_scatter_(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
+            bucket.squares = ops.zero_scatter(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
             self.done(bucket)
             return
         bucket.incoming = torch.empty_like(bucket.shard) if adds else bucket.shard

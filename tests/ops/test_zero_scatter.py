@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import pypar
 from pypar import symmetric
-from pypar.reference.zero_scatter import zero_scatter_ as reference
+from pypar.reference.zero_scatter import zero_scatter as reference
 from pypar.testing import run_ranks, stalls
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,20 +36,20 @@ def check(rank, world):
             exact = sum(given(total, dtype, r).double() for r in range(world))[mine] / world
             full = given(total, dtype, rank)
             shard = torch.full((sizes[rank],), 9.0)
-            squares = pypar.ops.zero_scatter_(shard, full, sizes, scale=1 / world)
+            squares = pypar.ops.zero_scatter(shard, full, sizes, scale=1 / world)
             torch.testing.assert_close(shard.double(), exact, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(squares, shard.double().square().sum(), rtol=1e-5, atol=1e-9)
             same = torch.empty_like(shard)
             reference(same, full, sizes, 1 / world, False, dist.group.WORLD.group_name)
             assert torch.equal(shard, same), "rank order, in float32"
-            pypar.ops.zero_scatter_(shard, full, sizes, scale=1 / world, accumulate=True)
+            pypar.ops.zero_scatter(shard, full, sizes, scale=1 / world, accumulate=True)
             torch.testing.assert_close(shard.double(), 2 * exact, rtol=1e-6, atol=1e-6)
             if total and symmetric.shares_memory(dist.group.WORLD):
                 memory = symmetric.empty(total, dtype, dist.group.WORLD)
                 memory.copy_(full)
                 again = torch.empty_like(shard)
                 with stalls(rank + 3):
-                    pypar.ops.zero_scatter_(again, memory, sizes, scale=1 / world)
+                    pypar.ops.zero_scatter(again, memory, sizes, scale=1 / world)
                     memory.zero_()  # it is this rank's again
                 assert torch.equal(again, same)
 
@@ -72,9 +72,9 @@ def check_wrong(rank, world):
         ([3, 3], (shard.double(), full), "shard is Double"),
     ):
         with pytest.raises(ValueError, match=text):
-            pypar.ops.zero_scatter_(args[0], args[1], sizes)
+            pypar.ops.zero_scatter(args[0], args[1], sizes)
     with pytest.raises(pypar.PeerError, match="disagree"):
-        pypar.ops.zero_scatter_(torch.zeros(3 if rank == 0 else 2), torch.zeros(6 - rank), [3, 3 - rank])
+        pypar.ops.zero_scatter(torch.zeros(3 if rank == 0 else 2), torch.zeros(6 - rank), [3, 3 - rank])
 
 
 def test_wrong_input():
@@ -83,7 +83,7 @@ def test_wrong_input():
 
 def check_opcheck(rank, world):
     torch.library.opcheck(
-        torch.ops.pypar.zero_scatter_.default,
+        torch.ops.pypar.zero_scatter.default,
         (torch.zeros(4), torch.rand(4), [4], 1.0, False, dist.group.WORLD.group_name),
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pypar
-from pypar.reference.zero_step import zero_step_ as reference
+from pypar.reference.zero_step import zero_step as reference
 
 # Around the vectors of every width and the block of 1024, with tails.
 COUNTS = [0, 1, 7, 15, 16, 33, 1023, 1024, 1025, 5000]
@@ -31,7 +31,7 @@ def test_steps_as_torch(kind, amsgrad, maximize):
         for step, grad in enumerate(grads, 1):
             theirs.grad = 0.5 * grad
             optimizer.step()
-            pypar.ops.zero_step_(
+            pypar.ops.zero_step(
                 ours, grad, exp_avg, exp_avg_sq, step, max_exp_avg_sq=largest, grad_scale=0.5,
                 decoupled=kind is torch.optim.AdamW, maximize=maximize, **settings,
             )  # fmt: skip
@@ -46,7 +46,7 @@ def test_low_is_the_weights_rounded_once(dtype):
     for n in COUNTS:
         weights, grad, exp_avg, exp_avg_sq = tensors(n)
         low = torch.full((n,), 7.0, dtype=dtype)
-        pypar.ops.zero_step_(weights, grad, exp_avg, exp_avg_sq.abs(), 3, low=low)
+        pypar.ops.zero_step(weights, grad, exp_avg, exp_avg_sq.abs(), 3, low=low)
         assert torch.equal(low, weights.to(dtype))
 
 
@@ -59,7 +59,7 @@ def test_reference():
         if amsgrad:
             extra[1] = extra[0].clone()
         numbers = (4, 1e-2, 0.9, 0.99, 1e-8, 0.1, 0.7, True, False)
-        torch.ops.pypar.zero_step_(*mine, extra[0], None, *numbers)
+        torch.ops.pypar.zero_step(*mine, extra[0], None, *numbers)
         reference(*theirs, extra[1], None, *numbers)
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
@@ -67,7 +67,7 @@ def test_reference():
 
 def test_opcheck():
     torch.library.opcheck(
-        torch.ops.pypar.zero_step_.default,
+        torch.ops.pypar.zero_step.default,
         (*tensors(9)[:3], torch.rand(9), torch.rand(9), torch.zeros(9, dtype=torch.bfloat16), 2, 1e-3, 0.9, 0.99, 1e-8,
          0.1, 1.0, True, False),
     )  # fmt: skip
@@ -83,8 +83,8 @@ def test_wrong_input():
         given = list(good)
         given[at] = bad
         with pytest.raises(ValueError, match=text):
-            pypar.ops.zero_step_(*given, 1)
+            pypar.ops.zero_step(*given, 1)
     with pytest.raises(ValueError, match="step is 0"):
-        pypar.ops.zero_step_(*good, 0)
+        pypar.ops.zero_step(*good, 0)
     with pytest.raises(ValueError, match="low is Float"):
-        pypar.ops.zero_step_(*good, 1, low=torch.zeros(4))
+        pypar.ops.zero_step(*good, 1, low=torch.zeros(4))
