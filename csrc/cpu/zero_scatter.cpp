@@ -48,8 +48,8 @@ double scale_into(float* __restrict shard, const float* __restrict sum, int64_t 
   return squares;
 }
 
-at::Tensor zero_scatter(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale,
-                         bool accumulate, c10::string_view group_name) {
+at::Tensor zero_scatter(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale, bool accumulate,
+                        c10::string_view group_name) {
   return with_python_errors([&] {
     check_cpu_tensor(kOp, "shard", shard), check_cpu_tensor(kOp, "full", full);
     const auto group = process_group_of(std::string(group_name));

@@ -22,9 +22,9 @@ float* floats(const char* name, const at::Tensor& x, int64_t numel) {
 }
 
 void zero_step(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, at::Tensor& exp_avg_sq,
-                const std::optional<at::Tensor>& max_exp_avg_sq, const std::optional<at::Tensor>& low, int64_t step,
-                double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
-                bool decoupled, bool maximize) {
+               const std::optional<at::Tensor>& max_exp_avg_sq, const std::optional<at::Tensor>& low, int64_t step,
+               double lr, double beta1, double beta2, double eps, double weight_decay, double grad_scale,
+               bool decoupled, bool maximize) {
   with_python_errors([&] {
     TORCH_CHECK_VALUE(step >= 1, kOp, ": step is ", step, ", expected 1 or more");
     const int64_t n = param.numel();
