@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pypar
-from pypar.data_parallel import linear
+from pypar.gradients import linear
 
 BACKEND = "pypar"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from zero.test_parity import OPTIMIZERS, Model, batch, groups_of, loss_of
+from zero.test_zero_parity import OPTIMIZERS, Model, batch, groups_of, loss_of
 
 import pypar
 from pypar.testing import run_ranks
