@@ -80,16 +80,16 @@ class HostRank(Rank):
         if op == "all_gather_matmul":
             full, shard, part = x.contiguous(), x[mine].contiguous(), w.chunk(WORLD)[self.rank].contiguous()
             alone = lambda: full @ part.t()  # noqa: E731
-            fused = lambda: ops.all_gather_matmul(shard, [part], [], None, self.name, asked)[0]  # noqa: E731
+            fused = lambda: ops.all_gather_matmul(shard, [part], [], None, self.name, num_chunks=asked)[0]  # noqa: E731
             return (alone if variant == "matmul alone" else fused), alone
         h, part = (t.chunk(WORLD, 1)[self.rank].contiguous() for t in (x, w))
         alone = lambda: h @ part.t()  # noqa: E731
         if variant == "matmul alone":
             return alone, alone
         if op == "matmul_reduce_scatter":
-            run = lambda: ops.matmul_reduce_scatter([h], [part], None, None, None, self.name, asked)  # noqa: E731
+            run = lambda: ops.matmul_reduce_scatter([h], [part], None, None, None, self.name, num_chunks=asked)  # noqa: E731
             return run, lambda: x[mine] @ w.t()
-        return lambda: ops.matmul_all_reduce([h], [part], None, None, self.name, asked), lambda: x @ w.t()
+        return lambda: ops.matmul_all_reduce([h], [part], None, None, self.name, num_chunks=asked), lambda: x @ w.t()
 
     def verify(self, variant: str, op: str, width: int, chunks: int) -> str:
         run, want = self.prepare(variant, op, width, chunks)

@@ -145,7 +145,7 @@ def agree(rank: int, world: int, folder: str, nodes: str) -> tuple[list[float], 
     with pytest.raises(ValueError, match="the ranks give different calibrations"):
         pypar.calibrate(calibration=replace(GIGABIT, latency_s=1.0 + rank))
     with pytest.raises(ValueError, match="num_chunks is -1"):
-        torch.ops.pypar.matmul_all_reduce([x], [w], None, None, name(), -1)
+        torch.ops.pypar.matmul_all_reduce([x], [w], None, None, name(), num_chunks=-1)
     assert pypar.calibrate() is not None  # the ranks are still in step
     alone = dist.new_group([0, 1] if nodes[:2] == "aa" else [0])
     if rank == 0 or nodes[: rank + 1] == "aa":

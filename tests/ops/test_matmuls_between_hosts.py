@@ -63,11 +63,11 @@ def check_gather(rank: int, world: int) -> None:
             dys = [matrix(20 + i + rank, M, N + i, dtype, integers=True) for i in range(2)]
             expected = gather_reference(x, weights, biases, counts, name())
             for chunks in CHUNKS:
-                ys = ops.all_gather_matmul(x, weights, biases, counts, name(), chunks)
-                dws = ops.all_gather_matmul_dw(x, dys, counts, name(), chunks)
+                ys = ops.all_gather_matmul(x, weights, biases, counts, name(), num_chunks=chunks)
+                dws = ops.all_gather_matmul_dw(x, dys, counts, name(), num_chunks=chunks)
                 w = matrix(5 + rank, K, N, dtype, integers=True)
                 other = matrix(6 + rank, M, N, dtype, integers=True)
-                both = ops.all_gather_matmul_both(x, other, w, True, True, counts, name(), chunks)
+                both = ops.all_gather_matmul_both(x, other, w, True, True, counts, name(), num_chunks=chunks)
                 for y, e in zip(ys, expected, strict=True):
                     assert same_bits(y, e), (M, dtype, chunks)
                 # Equal numbers: a sum of one negative zero has its sign, or not.
@@ -91,7 +91,7 @@ def check_scatter(rank: int, world: int) -> None:
                     exact = sum(x.double() @ w.double().t() for x, w in zip(xs, ws, strict=True)).split(counts)[rank]
                     expected = scatter_reference(*mine, bias, residual, splits, name())
                     for chunks in CHUNKS:
-                        y = ops.matmul_reduce_scatter(*mine, bias, residual, splits, name(), chunks)
+                        y = ops.matmul_reduce_scatter(*mine, bias, residual, splits, name(), num_chunks=chunks)
                         close(y, exact + bias.double() + residual.double(), 2 * K, (M, dtype, splits, chunks))
                         assert not integers or same_bits(y, expected), (M, dtype, splits, chunks)
 
@@ -107,7 +107,7 @@ def check_reduce(rank: int, world: int) -> None:
                 exact = sum(x.double() @ w.double().t() for x, w in zip(xs, ws, strict=True))
                 expected = reduce_reference(*mine, bias, residual, name())
                 for chunks in CHUNKS:
-                    y = ops.matmul_all_reduce(*mine, bias, residual, name(), chunks)
+                    y = ops.matmul_all_reduce(*mine, bias, residual, name(), num_chunks=chunks)
                     close(y, exact + bias.double() + residual.double(), 2 * K, (M, dtype, chunks))
                     assert not integers or same_bits(y, expected), (M, dtype, chunks)
                     everyone = [torch.empty_like(y) for _ in range(world)]
@@ -187,10 +187,10 @@ def results_of(rank: int, world: int, chunks: int) -> list[torch.Tensor]:
     counts = rows_of(M, world)
     mine = [share(x, rank, world, 1)], [share(w, rank, world, 1)]
     rows = x.split(counts)[rank]
-    y = ops.matmul_all_reduce(*mine, None, None, name(), chunks)
-    z = ops.matmul_reduce_scatter(*mine, None, None, counts, name(), chunks)
-    gathered = ops.all_gather_matmul(rows, [w], [], counts, name(), chunks)
-    dws = ops.all_gather_matmul_dw(rows, [y], counts, name(), chunks)
+    y = ops.matmul_all_reduce(*mine, None, None, name(), num_chunks=chunks)
+    z = ops.matmul_reduce_scatter(*mine, None, None, counts, name(), num_chunks=chunks)
+    gathered = ops.all_gather_matmul(rows, [w], [], counts, name(), num_chunks=chunks)
+    dws = ops.all_gather_matmul_dw(rows, [y], counts, name(), num_chunks=chunks)
     return [y, z, *gathered, *dws]
 
 
@@ -237,16 +237,16 @@ def one_dies(rank: int, world: int, folder: str, nodes: str) -> str:
     x, w = torch.ones(4000, 64), torch.ones(512, 64)
     rows = torch.ones(500, 64)
     if rank == world - 1:
-        ops.matmul_all_reduce([x], [w], None, None, name(), 8)
+        ops.matmul_all_reduce([x], [w], None, None, name(), num_chunks=8)
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(pypar.PeerError) as caught:
         while True:
-            ops.matmul_all_reduce([x], [w], None, None, name(), 8)
-            ops.matmul_reduce_scatter([x], [w], None, None, None, name(), 8)
-            ops.all_gather_matmul(rows, [w], [], None, name(), 8)
+            ops.matmul_all_reduce([x], [w], None, None, name(), num_chunks=8)
+            ops.matmul_reduce_scatter([x], [w], None, None, None, name(), num_chunks=8)
+            ops.all_gather_matmul(rows, [w], [], None, name(), num_chunks=8)
     died = time.time()
     with pytest.raises(pypar.PeerError):  # sticky
-        ops.all_gather_matmul(rows, [w], [], None, name(), 2)
+        ops.all_gather_matmul(rows, [w], [], None, name(), num_chunks=2)
     assert time.time() - died < 1
     return str(caught.value)
 
@@ -263,11 +263,13 @@ def test_a_rank_that_dies_ends_the_wait(nodes, tmp_path):
 
 
 CALLS: list[Callable[[int], object]] = [
-    lambda rank: ops.matmul_all_reduce([torch.ones(900 + rank, 8)], [torch.ones(90, 8)], None, None, name(), 4),
-    lambda rank: ops.matmul_reduce_scatter(
-        [torch.ones(90, 8)], [torch.ones(90 + rank, 8)], None, None, None, name(), 4
+    lambda rank: ops.matmul_all_reduce(
+        [torch.ones(900 + rank, 8)], [torch.ones(90, 8)], None, None, name(), num_chunks=4
     ),
-    lambda rank: ops.all_gather_matmul(torch.ones(90, 8), [torch.ones(3, 8)], [], None, name(), 4 + rank),
+    lambda rank: ops.matmul_reduce_scatter(
+        [torch.ones(90, 8)], [torch.ones(90 + rank, 8)], None, None, None, name(), num_chunks=4
+    ),
+    lambda rank: ops.all_gather_matmul(torch.ones(90, 8), [torch.ones(3, 8)], [], None, name(), num_chunks=4 + rank),
 ]
 
 
@@ -298,7 +300,7 @@ def compiled(rank: int, world: int, folder: str, nodes: str) -> None:
     assert same_bits(y, block(x))
     y.sum().backward()
     torch.testing.assert_close(x.grad, (y > 0).float() @ w)
-    args = ([x.detach()], [w], None, None, name(), 3)
+    args = ([x.detach()], [w], None, None, name(), "run", None, 3)
     torch.library.opcheck(ops.matmul_all_reduce.default, args)
 
 
