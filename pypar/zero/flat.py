@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -80,10 +79,6 @@ class FlatParameters:
             flat[offset : offset + size].view(shape)
             for offset, size, shape in zip(self.layout.offsets, self.layout.sizes, self.shapes, strict=True)
         ]
-
-    def shards(self, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Of a tensor laid out as `full`, one per rank."""
-        return [flat[a:b] for a, b in itertools.pairwise(self.layout.bounds)]
 
     def join(self, shard: torch.Tensor) -> torch.Tensor:
         """[numel] of everybody's shards. Collective."""

@@ -86,7 +86,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if bucket.squares is not None:
                 squares += bucket.squares
                 continue
-            squares += torch.linalg.vector_norm(bucket.shard, dtype=torch.float32).double().square()
+            squares += torch.linalg.vector_norm(bucket.shard).double().square()
         if self.reducer.world_size > 1:
             dist.all_reduce(squares, group=self.group)
         return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.inf
@@ -193,7 +193,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
             dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
             return {n: v.float() for n, v, h in zip(flat.names, values, has, strict=True) if h}
-        shard = torch.zeros(end - begin, dtype=torch.float32)
+        shard = torch.zeros(end - begin, dtype=flat.master.dtype)
         for piece, (_, first, last, _) in mine:
             value = self.inner.state.get(piece, {}).get(key)
             if value is not None:

@@ -31,7 +31,8 @@ class UnitBucket:
         self.shard = torch.zeros(end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device)
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
-        self.incoming: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None  # on its way
+        self.adds = False  # to what the shard holds
 
     def index(self) -> int:
         return self._index
@@ -71,14 +72,13 @@ class ShardReducer(Reducer):
         group: dist.ProcessGroup,
         keeps_full: bool,
         find_unused: bool,
-        static_graph: bool,
         passed: Callable[[str | None], None],
     ):
         self.flats, self.keeps_full, self.passed = list(flats), keeps_full, passed
         self.memories: dict[torch.dtype, list[torch.Tensor]] = {}
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
-        super().__init__(named, group, 0, 0, find_unused, static_graph)
+        super().__init__(named, group, 0, 0, find_unused, static_graph=False)
 
     def place(self, order: Sequence[Slot]) -> None:
         """Units in the reverse of the order of registration, which is about the order in which they fill up."""
@@ -140,27 +140,25 @@ class ShardReducer(Reducer):
             bucket.squares = ops.zero_scatter(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
             self.done(bucket)
             return
-        bucket.incoming = torch.empty_like(bucket.shard) if adds else bucket.shard
-        bucket.work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        bucket.adds, bucket.sum = adds, tensor.clone()  # this rank's own stay what they are
+        bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
 
     def wait(self, bucket: Any) -> None:
-        if bucket.incoming is None:
-            return
         work, bucket.work = bucket.work, None
-        incoming, bucket.incoming = bucket.incoming, None
-        if work is not None:
-            try:
-                work.wait()
-            except Exception as error:
-                error.add_note(
-                    f"pypar.Zero, rank {self.rank} of {self.world_size}: reducing the gradients of {bucket.label}, "
-                    f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
-                )
-                raise
-            begin, end = bucket.parameters.layout.shard(self.rank)
-            torch.div(bucket.flat[begin:end], self.world_size, out=incoming)
-        if incoming is not bucket.shard:
-            bucket.shard.add_(incoming)
+        total, bucket.sum = bucket.sum, None
+        if work is None:
+            return
+        try:
+            work.wait()
+        except Exception as error:
+            error.add_note(
+                f"pypar.Zero, rank {self.rank} of {self.world_size}: reducing the gradients of {bucket.label}, "
+                f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
+            )
+            raise
+        begin, end = bucket.parameters.layout.shard(self.rank)
+        mean = total[begin:end].div_(self.world_size)
+        bucket.shard.copy_(bucket.shard + mean if bucket.adds else mean)
         bucket.squares = None
         self.done(bucket)
 
@@ -179,10 +177,7 @@ class ShardReducer(Reducer):
         self.has_gradient |= {i for i, used in enumerate(self.used_anywhere) if used}
 
     def learn(self, used_anywhere: Sequence[bool]) -> None:
-        self.learning, self.order = False, []
-        if self.static_graph:
-            for slot in self.slots:
-                slot.expected = slot.fires
+        self.learning, self.order = False, []  # units stay as they are
 
     def zero_grad(self) -> None:
         self.has_gradient = set()

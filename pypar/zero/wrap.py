@@ -40,7 +40,7 @@ class Zero(nn.Module):
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
                 are summed and stepped in float32, on float32 shards of the weights. Floating inputs are cast
     units       see pypar.zero.units.units_of
-    find_unused_parameters, static_graph
+    find_unused_parameters
                 as DataParallel's
 
     model.optimizer has step, zero_grad, clip_grad_norm_, param_groups, state_dict, full_state. After backward,
@@ -59,7 +59,6 @@ class Zero(nn.Module):
         units: Rule = "auto",
         param_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
-        static_graph: bool = False,
         **settings: Any,
     ):
         super().__init__()
@@ -89,7 +88,7 @@ class Zero(nn.Module):
         if self.world_size > 1:
             dist.barrier(group=group)  # every shard is in its place
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
-        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, static_graph, self._free)
+        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 
 import pypar
+from pypar import backend
 from pypar.reference.zero_step import zero_step as reference
+from pypar.testing import run_ranks
 
 # Around the vectors of every width and the block of 1024, with tails.
 COUNTS = [0, 1, 7, 15, 16, 33, 1023, 1024, 1025, 5000]
@@ -63,6 +67,29 @@ def test_reference():
         reference(*theirs, extra[1], None, *numbers)
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+
+
+def bits():
+    given = [*tensors(5000), torch.rand(5000, generator=torch.Generator().manual_seed(1))]
+    given[3].abs_()
+    low = torch.zeros(5000, dtype=torch.bfloat16)
+    for decoupled in (True, False):
+        weights, grad, *moments, largest = given
+        pypar.ops.zero_step(weights, grad, *moments, 4, max_exp_avg_sq=largest, low=low, decoupled=decoupled)
+    return hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in (*given, low))).hexdigest()
+
+
+def check_capability(rank, world):
+    return backend.extension.cpu_capability(), bits()
+
+
+def test_the_same_bits_on_every_instruction_set(monkeypatch):
+    found = {}
+    for capability in ("plain", "avx2", "avx512"):
+        monkeypatch.setenv("PYPAR_CPU_CAPABILITY", capability)
+        ((used, digest),) = run_ranks(check_capability, 1, backend="none")
+        found[used] = digest  # a processor that lacks one runs a lower one
+    assert "plain" in found and len(set(found.values())) == 1, found
 
 
 def test_opcheck():

@@ -45,6 +45,14 @@ class Model(nn.Module):
         return self.head(self.norm(x) * self.scale)
 
 
+class Doubles(Model):
+    """Of a type that zero_scatter doesn't take."""
+
+    def __init__(self):
+        super().__init__()
+        self.double()
+
+
 class WithUnused(Model):
     def __init__(self):
         super().__init__()
@@ -138,6 +146,16 @@ def assert_same(found, wanted):
         torch.testing.assert_close(a, b, **CLOSE, check_dtype=False, msg=lambda m, w=what: f"{w}: {m}")
 
 
+def check_twice(rank, world, stage, model_class):
+    """Two backward passes that both reduce, without zero_grad between them: the gradients add up."""
+    model, full = pypar.Zero(model_class(), stage=stage), model_class()
+    for number in range(2):
+        loss_of(model, batch(world, number)[rank * 4 : rank * 4 + 4]).backward()
+        loss_of(full, batch(world, number)).backward()
+    wanted = {n: p.grad for n, p in full.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(model.full_gradients(), wanted, **CLOSE)
+
+
 def check(rank, world):
     for name, make in OPTIMIZERS.items():
         wanted = train_alone(world, make)
@@ -157,6 +175,13 @@ def check(rank, world):
             train_sharded(rank, world, stage, adamw, model_class=WithUnused, find_unused_parameters=True),
             train_alone(world, adamw, model_class=WithUnused),
         )
+        for accumulate in (1, 2):
+            assert_same(
+                train_sharded(rank, world, stage, adamw, model_class=Doubles, clip=0.3, accumulate=accumulate),
+                train_alone(world, adamw, model_class=Doubles, clip=0.3, accumulate=accumulate),
+            )
+        check_twice(rank, world, stage, Model)
+        check_twice(rank, world, stage, Doubles)
         once = train_sharded(rank, world, stage, adamw, clip=0.3)
         again = train_sharded(rank, world, stage, adamw, clip=0.3)
         assert all(torch.equal(once[3][n], again[3][n]) for n in once[3])
