@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -102,15 +101,7 @@ class HostRank(Rank):
 
     def measure(self, variant: str, op: str, width: int, chunks: int, iters: int, num_samples: int) -> list[float]:
         run, _ = self.prepare(variant, op, width, chunks)
-        us = []
-        for _ in range(num_samples):
-            self.barrier()
-            start = time.perf_counter_ns()
-            for _ in range(iters):
-                run()
-            us.append((time.perf_counter_ns() - start) / (1000 * iters))
-        self.barrier()
-        return us
+        return self.timed(run, iters, num_samples)
 
 
 class HostVariant(PoolVariant):

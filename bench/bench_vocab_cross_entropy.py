@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -121,15 +120,7 @@ class LossRank(Rank):
 
     def measure(self, variant: str, case: Case, iters: int, num_samples: int) -> list[float]:
         run = self.prepare(variant, case)
-        us = []
-        for _ in range(num_samples):
-            self.barrier()
-            start = time.perf_counter_ns()
-            for _ in range(iters):
-                run()
-            us.append((time.perf_counter_ns() - start) / (1000 * iters))
-        self.barrier()
-        return us
+        return self.timed(run, iters, num_samples)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

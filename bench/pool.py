@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -46,6 +47,18 @@ class Rank:
         self.epoch += 1
         if native.library().bench_barrier(self.counters, self.rank, self.world, self.epoch, LIMIT_S):
             raise TimeoutError(f"rank {self.rank}: a peer did not come to the barrier of the bench")
+
+    def timed(self, run: Callable[[], Any], iters: int, num_samples: int) -> list[float]:
+        """Microseconds of one run, of num_samples rows of `iters`, each begun by all ranks together."""
+        us = []
+        for _ in range(num_samples):
+            self.barrier()
+            start = time.perf_counter_ns()
+            for _ in range(iters):
+                run()
+            us.append((time.perf_counter_ns() - start) / (1000 * iters))
+        self.barrier()
+        return us
 
 
 def _rank_main(kind: type[Rank], rank: int, world: int, folder: str, page: str, args: tuple, pipe: Connection) -> None:
