@@ -39,7 +39,7 @@ def _number(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
 
     def line(row: list[str]) -> str:
@@ -60,7 +60,7 @@ def table(results: Sequence[Result]) -> str:
     rows = [["us", *map(size_name, sizes)]]
     for name in names:
         rows.append([name, *("REFUSED" if (name, s) in refused else _number(times.get((name, s))) for s in sizes)])
-    return _aligned([*rows, ["regime", *(regimes.get(s, "-") for s in sizes)]])
+    return aligned([*rows, ["regime", *(regimes.get(s, "-") for s in sizes)]])
 
 
 def ratio_table(ratios: Sequence[Ratio], sizes: Sequence[int]) -> str:
@@ -70,7 +70,7 @@ def ratio_table(ratios: Sequence[Ratio], sizes: Sequence[int]) -> str:
         cells = [f"{_number(ratio.value(s))} {ratio.verdict(s)}".strip() for s in sizes]
         if any(cell != "-" for cell in cells):
             rows.append([ratio.name, *cells])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def step_table(results: Sequence[Result], ratios: Sequence[Ratio], tokens: int) -> str:
@@ -87,7 +87,7 @@ def step_table(results: Sequence[Result], ratios: Sequence[Ratio], tokens: int) 
         target = "" if limit is None else f"{limit[0]} {limit[1]:g} {ratio.verdict(nbytes)}".strip()
         per_second = f"{1e6 * tokens / r.median_us:.0f}"
         rows.append([r.variant, *ms, str(len(r.us)), per_second, "-" if percent is None else f"{percent:.1f}", target])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def bars(bench: str, title: str, results: Sequence[Result], ratios: Sequence[Ratio], folder: Path = RESULTS) -> Path:
@@ -116,10 +116,10 @@ def bars(bench: str, title: str, results: Sequence[Result], ratios: Sequence[Rat
     axes.set_title(title, fontsize=10)
     axes.grid(True, axis="y", alpha=0.25)
     axes.set_axisbelow(True)
-    return _save(figure, bench, folder)
+    return save(figure, bench, folder)
 
 
-def _save(figure: Any, bench: str, folder: Path) -> Path:
+def save(figure: Any, bench: str, folder: Path) -> Path:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def chart(bench: str, title: str, results: Sequence[Result], folder: Path = RESU
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(loc="upper left", fontsize=9)
-    return _save(figure, bench, folder)
+    return save(figure, bench, folder)
 
 
 Parts = dict[str, dict[str, float]]  # variant -> {part of a step: ms}
@@ -175,7 +175,7 @@ def part_table(parts: Parts, names: Sequence[str]) -> str:
     rows = [["ms", *names, "sum"]]
     for variant, of in parts.items():
         rows.append([variant, *(f"{of[name]:.1f}" for name in names), f"{sum(of.values()):.1f}"])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def stacked(bench: str, title: str, parts: Parts, names: Sequence[str], folder: Path = RESULTS) -> Path:
@@ -198,4 +198,4 @@ def stacked(bench: str, title: str, parts: Parts, names: Sequence[str], folder: 
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     axes.grid(True, axis="y", alpha=0.25)
     axes.set_axisbelow(True)
-    return _save(figure, bench, folder)
+    return save(figure, bench, folder)
