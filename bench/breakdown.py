@@ -3,7 +3,7 @@
 Every event gives its own time (without what it called) to one category:
 
 - matmul, attention: by the name of the op. The matmul inside a fused op of pypar is a matmul.
-- optimizer: every op inside Optimizer.step and Optimizer.zero_grad, except communication.
+- optimizer: every op inside Optimizer.step and Optimizer.zero_grad, except communication; zero_step.
 - communication: pypar's collectives and fused ops without their matmul, c10d's, gloo's, and waits for them.
 - waiting: the part of an exchange before the last rank came to it. The k-th exchange of every rank is the same one,
   and the ranks of a host have one clock; a rank comes to a fused op when its matmul inside is done.
@@ -66,6 +66,8 @@ def category(name: str) -> str:
         return "attention"
     if name in _COMPUTE:
         return "other compute"
+    if name == "pypar::zero_step":
+        return "optimizer"
     if name.startswith(_COMMUNICATION):
         return "communication"
     if name.startswith("aten::") and name not in _NO_ELEMENTS:
