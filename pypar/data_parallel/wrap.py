@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.utils import _pytree as pytree
 
-from pypar.gradients.linear import fuse
+from pypar.gradients.linear import fuse_all
 from pypar.gradients.reducer import Reducer
 
 BROADCAST_BYTES = 250 * 2**20  # of the coalesced copies of parameters and buffers
@@ -91,10 +91,7 @@ class DataParallel(nn.Module, Joinable):
         first, size = (int(mb * 2**20) for mb in (first_bucket_size_mb, bucket_size_mb))
         self._reducer = Reducer(named, group, first, size, find_unused_parameters, static_graph)
         if fuse_linear_grads:
-            slots = {id(slot.param): slot for slot in self._reducer.slots}
-            for submodule in module.modules():
-                if type(submodule) is nn.Linear and id(submodule.weight) in slots and _is_plain(submodule):
-                    fuse(submodule, slots[id(submodule.weight)])
+            fuse_all(module, self._reducer.slots)
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -281,10 +278,6 @@ class _JoinHook(JoinHook):
         wrapper = self.wrapper
         wrapper._broadcast_state(wrapper._common_rank(is_last_joiner))
         wrapper._reducer.num_active, wrapper._divide_by_initial_world_size = None, True
-
-
-def _is_plain(linear: nn.Linear) -> bool:
-    return "forward" not in linear.__dict__ or "_pypar_slot" in linear.__dict__
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

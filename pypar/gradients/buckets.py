@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ ALIGN_BYTES = 64  # a cache line: two gradients never share one, and the matmul 
 class Slot:
     """One parameter's place in a bucket."""
 
-    __slots__ = ("__weakref__", "bucket", "expected", "fires", "index", "name", "node", "param", "ptr", "used", "view")
+    __slots__ = ("__weakref__", "bucket", "expected", "fires", "index", "name", "node", "param", "prepare", "ptr", "used", "view")
 
     def __init__(self, index: int, name: str, param: torch.nn.Parameter):
         self.index = index
@@ -26,6 +26,8 @@ class Slot:
         self.node: Any = torch.autograd.graph.get_gradient_edge(param).node
         self.bucket: Bucket | None = None  # None: left out, because a static graph never uses the parameter
         self.view: torch.Tensor = torch.empty(0)
+        # Called before a gradient is produced in `view`, which may not be there all the time: whether it is now.
+        self.prepare: Callable[[Slot], bool] | None = None
         self.ptr = 0
         self.expected = 1  # how often the gradient arrives in one backward; a static graph learns it
         self.fires = 0  # how often it has arrived in this backward

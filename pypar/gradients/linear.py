@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ class SlotRef:
 
     def __reduce__(self):
         return SlotRef, ()
+
+
+def fuse_all(module: torch.nn.Module, slots: Iterable[Slot]) -> None:
+    """Of every plain nn.Linear inside whose weight has a slot; one whose forward is somebody else's stays as it is."""
+    by_param = {id(slot.param): slot for slot in slots}
+    for inner in module.modules():
+        is_plain = type(inner) is torch.nn.Linear and (
+            "forward" not in inner.__dict__ or "_pypar_slot" in inner.__dict__
+        )
+        if is_plain and id(inner.weight) in by_param:
+            fuse(inner, by_param[id(inner.weight)])  # type: ignore[arg-type]
 
 
 def fuse(linear: torch.nn.Linear, slot: Slot) -> None:
@@ -91,6 +103,8 @@ def _weight_grad(slot: Slot, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor 
         if not torch._C._will_engine_execute_node(slot.node):
             return None  # backward(inputs=...) without this parameter
     except RuntimeError:  # autograd.grad(..., param): the gradient is returned, not accumulated
+        return dy.t().mm(x)
+    if slot.prepare is not None and not slot.prepare(slot):
         return dy.t().mm(x)
     grad = param.grad
     if grad is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,6 +80,10 @@ class ShardReducer(Reducer):
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
         super().__init__(named, group, 0, 0, find_unused, static_graph=False)
+        if not keeps_full:
+            this = weakref.ref(self)
+            for slot in self.slots:
+                slot.prepare = _prepare(this)
 
     def place(self, order: Sequence[Slot]) -> None:
         """Units in the reverse of the order of registration, which is about the order in which they fill up."""
@@ -115,6 +120,12 @@ class ShardReducer(Reducer):
             self.wait(oldest)
         bucket.take(free.pop(0))
 
+    def prepare(self, slot: Slot) -> bool:
+        """Before a gradient is produced in its slot: no, where it only adds up in an ordinary param.grad."""
+        if self.sync and slot.bucket is not None and slot.bucket.flat is None:
+            self.acquire(slot.bucket)  # type: ignore[arg-type]
+        return self.sync
+
     # -- during backward -------------------------------------------------------------------------------------------
 
     def arrived(self, slot: Slot) -> None:
@@ -122,8 +133,7 @@ class ShardReducer(Reducer):
             if not self.sync:
                 slot.used = True
                 return  # adds up in an ordinary param.grad, until a backward that reduces
-            if slot.bucket is not None and slot.bucket.flat is None:
-                self.acquire(slot.bucket)  # type: ignore[arg-type]
+            self.prepare(slot)
         super().arrived(slot)
 
     def fill(self, bucket: Any) -> None:
@@ -185,3 +195,11 @@ class ShardReducer(Reducer):
             bucket.has_shard = False
             for slot in bucket.slots:
                 slot.param.grad = None
+
+
+def _prepare(this: weakref.ref[ShardReducer]) -> Callable[[Slot], bool]:
+    def prepare(slot: Slot) -> bool:
+        reducer = this()
+        return reducer is not None and reducer.prepare(slot)
+
+    return prepare

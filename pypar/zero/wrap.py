@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pypar.gradients.linear import fuse_all
 from pypar.zero.flat import FlatParameters
 from pypar.zero.gather import UnitHooks
 from pypar.zero.optimizer import ShardedOptimizer
@@ -40,7 +41,7 @@ class Zero(nn.Module):
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
                 are summed and stepped in float32, on float32 shards of the weights. Floating inputs are cast
     units       see pypar.zero.units.units_of
-    find_unused_parameters
+    find_unused_parameters, fuse_linear_grads
                 as DataParallel's
 
     model.optimizer has step, zero_grad, clip_grad_norm_, param_groups, state_dict, full_state. After backward,
@@ -59,6 +60,7 @@ class Zero(nn.Module):
         units: Rule = "auto",
         param_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
+        fuse_linear_grads: bool = True,
         **settings: Any,
     ):
         super().__init__()
@@ -89,6 +91,8 @@ class Zero(nn.Module):
             dist.barrier(group=group)  # every shard is in its place
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
+        if fuse_linear_grads:
+            fuse_all(module, self._reducer.slots)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
