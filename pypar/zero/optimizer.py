@@ -99,8 +99,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         factor = max_norm / (norm + 1e-6)
         if factor < 1 and math.isfinite(norm):
             for bucket in self._buckets():
-                bucket.shard.mul_(factor)
-                bucket.squares = bucket.squares * factor**2 if bucket.squares is not None else None
+                bucket.scale(factor)
         return norm
 
     @torch.no_grad()
@@ -114,19 +113,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return loss
         shards = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}
         index = {slot.name: slot.index for slot in self.reducer.slots}
+        is_adam = all(_is_adam(self.inner, group) for group in self.param_groups)
         for group in self.param_groups:
             for piece in group["params"]:
                 flat, begin, end, _ = self.places[id(piece)]
                 bucket = shards[id(flat)]
                 has_gradient = bucket.has_shard and index[self.names[id(piece)]] in self.reducer.has_gradient
-                piece.grad = bucket.shard[begin:end] if has_gradient else None
-        if all(_is_adam(self.inner, group) for group in self.param_groups):
+                shard = bucket.unscaled if is_adam else bucket.shard
+                piece.grad = shard[begin:end] if has_gradient else None
+        if is_adam:
             for group in self.param_groups:
                 for piece in group["params"]:
                     if piece.grad is not None:
                         flat, begin, end, _ = self.places[id(piece)]
                         low = flat.own[begin:end] if flat.own is not flat.master else None
-                        _adam(piece, self.inner.state[piece], group, low)
+                        _adam(piece, self.inner.state[piece], group, shards[id(flat)].factor, low)
         else:
             self.inner.step()
             for flat in self.flats:
@@ -223,7 +224,9 @@ def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     )
 
 
-def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], low: torch.Tensor | None) -> None:
+def _adam(
+    piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], factor: float, low: torch.Tensor | None
+) -> None:
     """A step in one pass, with the states of torch's own."""
     if not state:
         state["step"] = torch.zeros(())
@@ -242,6 +245,7 @@ def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], low
         eps=group["eps"],
         weight_decay=group["weight_decay"],
         max_exp_avg_sq=state.get("max_exp_avg_sq"),
+        grad_scale=factor,
         decoupled=group["decoupled_weight_decay"],
         maximize=group["maximize"],
         low=low,

@@ -29,11 +29,27 @@ class UnitBucket:
         begin, end = flat.layout.shard(flat.rank)
         # What zero_scatter takes is summed and kept in float32.
         self.is_wide = flat.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        self.shard = torch.zeros(end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device)
+        dtype = torch.float32 if self.is_wide else flat.dtype
+        self.unscaled = torch.zeros(end - begin, dtype=dtype, device=flat.device)
+        self.factor = 1.0  # of `unscaled`
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
         self.sum: torch.Tensor | None = None  # on its way
         self.adds = False  # to what the shard holds
+        self.is_due = False  # to be reduced at the end of backward
+
+    @property
+    def shard(self) -> torch.Tensor:
+        """This rank's part of the mean gradient, clipped where it was. zero_step applies the factor in the pass that it
+        makes anyway; here it costs one."""
+        if self.factor != 1.0:
+            self.unscaled.mul_(self.factor)
+            self.factor = 1.0
+        return self.unscaled
+
+    def scale(self, factor: float) -> None:
+        self.factor *= factor
+        self.squares = None if self.squares is None else self.squares * factor**2
 
     def index(self) -> int:
         return self._index
@@ -80,6 +96,7 @@ class ShardReducer(Reducer):
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
         super().__init__(named, group, 0, 0, find_unused, static_graph=False)
+        self.in_place = symmetric.shares_memory(group, self.slots[0].param.device)
         if not keeps_full:
             this = weakref.ref(self)
             for slot in self.slots:
@@ -142,8 +159,16 @@ class ShardReducer(Reducer):
         super().fill(bucket)
 
     def launch(self, bucket: Any) -> None:
+        self.passed(bucket.parameters.unit)
+        # What stays is summed in one go at the end, so that a rank that is late in one unit and early in the next holds
+        # up nobody. A sum of copies travels while backward goes on, and is started here.
+        bucket.is_due = self.keeps_full and bucket.is_wide and self.in_place
+        if not bucket.is_due:
+            self.start(bucket)
+
+    def start(self, bucket: UnitBucket) -> None:
         flat, tensor = bucket.parameters, bucket.flat
-        self.passed(flat.unit)
+        assert tensor is not None
         adds = bucket.has_shard and not self.keeps_full
         if bucket.is_wide and flat.device.type == "cpu":
             sizes, scale = flat.layout.shard_sizes(), 1 / self.world_size
@@ -154,6 +179,9 @@ class ShardReducer(Reducer):
         bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
 
     def wait(self, bucket: Any) -> None:
+        if bucket.is_due:
+            bucket.is_due = False
+            self.start(bucket)
         work, bucket.work = bucket.work, None
         total, bucket.sum = bucket.sum, None
         if work is None:
@@ -180,6 +208,8 @@ class ShardReducer(Reducer):
 
     def reset(self) -> None:
         super().reset()
+        for bucket in self.buckets:
+            bucket.is_due = False
         self.passed(None)
 
     def reduce_and_learn(self, joined: bool = False) -> None:
@@ -192,7 +222,7 @@ class ShardReducer(Reducer):
     def zero_grad(self) -> None:
         self.has_gradient = set()
         for bucket in self.buckets:
-            bucket.has_shard = False
+            bucket.has_shard, bucket.factor = False, 1.0
             for slot in bucket.slots:
                 slot.param.grad = None
 
