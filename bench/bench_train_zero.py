@@ -42,7 +42,7 @@ def target(model: str, way: ZeroWay) -> Limit | None:
 
 
 BENCH = StepBench(
-    "bench_train_zero", "ZeRO training step", ZeroTrainRank, tokens_per_step, target, breakdown_steps=2
+    "bench_train_zero", "ZeRO training step", ZeroTrainRank, tokens_per_step, target, breakdown_steps=1
 )
 
 
