@@ -156,6 +156,31 @@ def check_twice(rank, world, stage, model_class):
     torch.testing.assert_close(model.full_gradients(), wanted, **CLOSE)
 
 
+def norm_of(grads):
+    return torch.cat([g.flatten() for g in grads.values()]).norm().item()
+
+
+def check_clipped(rank, world):
+    """Clipping is a factor until somebody looks, clips again, or adds to the gradients."""
+    for stage in (1, 2, 3):
+        model = pypar.Zero(Model(), stage=stage)
+        loss_of(model, batch(world, 0)[rank * 4 : rank * 4 + 4]).backward()
+        before = {n: g.clone() for n, g in model.full_gradients().items()}
+        norm = model.optimizer.clip_grad_norm_(norm_of(before) / 2)
+        assert norm == pytest.approx(norm_of(before), rel=1e-5)
+        assert model.optimizer.clip_grad_norm_(norm / 4) == pytest.approx(norm / 2, rel=1e-4)
+        if stage == 1:
+            assert norm_of(model.full_gradients()) == pytest.approx(norm / 4, rel=1e-4)
+            continue
+        loss_of(model, batch(world, 0)[rank * 4 : rank * 4 + 4]).backward()
+        wanted = {n: 1.25 * g for n, g in before.items()}
+        torch.testing.assert_close(model.full_gradients(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_clipped_gradients_are_what_they_say():
+    run_ranks(check_clipped, 2)
+
+
 def check(rank, world):
     for name, make in OPTIMIZERS.items():
         wanted = train_alone(world, make)
@@ -168,6 +193,7 @@ def check(rank, world):
         for other in results[1:]:
             assert all(torch.equal(other[3][n], results[0][3][n]) for n in results[0][3]), f"{name}: stages differ"
     adamw = OPTIMIZERS["AdamW"]
+    clipped = []
     for stage in (1, 2, 3):
         assert_same(train_sharded(rank, world, stage, adamw, clip=0.3), train_alone(world, adamw, clip=0.3))
         assert_same(train_sharded(rank, world, stage, adamw, accumulate=3), train_alone(world, adamw, accumulate=3))
@@ -185,6 +211,9 @@ def check(rank, world):
         once = train_sharded(rank, world, stage, adamw, clip=0.3)
         again = train_sharded(rank, world, stage, adamw, clip=0.3)
         assert all(torch.equal(once[3][n], again[3][n]) for n in once[3])
+        clipped.append(once[3])
+    for other in clipped[1:]:
+        assert all(torch.equal(other[n], clipped[0][n]) for n in other), "clipped: stages differ"
 
 
 @pytest.mark.parametrize("world", [2, 3])
