@@ -41,16 +41,16 @@ def target(model: str, way: ZeroWay) -> Limit | None:
     return (">=", TARGETS[model]) if model in TARGETS and way.kind == "zero" else None
 
 
-BENCH = StepBench(
-    "bench_train_zero", "ZeRO training step", ZeroTrainRank, tokens_per_step, target, breakdown_steps=1
-)
+BENCH = StepBench("bench_train_zero", "ZeRO training step", ZeroTrainRank, tokens_per_step, target, breakdown_steps=1)
 
 
 def ways_of(names: Sequence[str] | None, model: str) -> dict[str, ZeroWay]:
     """name of the variant -> way; "none" is always there, first. names: None for the model's default."""
     chosen = [name for name in WAYS if name not in LEFT_OUT.get(model, ())] if names is None else names
     if not has_deepspeed() and any(WAYS[name].kind == "deepspeed" for name in chosen):
-        print("skipped, there is no deepspeed to import: " + ", ".join(n for n in chosen if WAYS[n].kind == "deepspeed"))
+        print(
+            "skipped, there is no deepspeed to import: " + ", ".join(n for n in chosen if WAYS[n].kind == "deepspeed")
+        )
         chosen = [name for name in chosen if WAYS[name].kind != "deepspeed"]
     return {name: WAYS[name] for name in dict.fromkeys(["none", *chosen])}
 

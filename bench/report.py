@@ -107,7 +107,7 @@ def bars(bench: str, title: str, results: Sequence[Result], ratios: Sequence[Rat
     ]
     whiskers = [[max(0.0, length) for length in side] for side in whiskers]  # few samples: p20 may be the median
     names = [r.variant for r in timed]
-    colors = ["0.6" if name == "none" else "C0" if name.startswith("dp-") else "C1" for name in names]
+    colors = ["0.6" if name == "none" else "C0" if name.startswith(("dp-", "tp-", "zero-")) else "C1" for name in names]
     drawn = axes.bar(names, ms, yerr=whiskers, capsize=6, color=colors)
     shown = [None if name == "none" else percents[name] for name in names]
     axes.bar_label(drawn, ["" if p is None else f"{p:.1f} %" for p in shown], label_type="center", color="white")

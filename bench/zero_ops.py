@@ -3,8 +3,8 @@
 A case is named by the bytes of the full gradients, float32. zero_scatter: against all_reduce over gloo and
 reduce_scatter through torch.distributed. zero_step: reduce, clip by the norm over all ranks, AdamW on the own shard,
 parameters to everybody; torch's fused AdamW between gloo's collectives, the same over pypar, and pypar's ops on
-parameters that exist once. "one rank's share" is the compute alone. "bytes of zero_step": as many bytes as it must move,
-moved by scaling a tensor in place, the half of them read and the half written. bench_<op>.py are doors to main() here.
+parameters that exist once. "one rank's share" is the compute alone. "bytes of zero_step": as many bytes as it must
+move, moved by scaling a tensor in place, half of them read and half written. bench_<op>.py are doors to main() here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ways of bench_train_zero: how the ranks of data parallel share out what they would all hold, and what is right."""
+"""The ways of bench_train_zero: how ranks share out what they would all hold, and what makes a way right."""
 
 from __future__ import annotations
 

@@ -16,7 +16,20 @@ ALIGN_BYTES = 64  # a cache line: two gradients never share one, and the matmul 
 class Slot:
     """One parameter's place in a bucket."""
 
-    __slots__ = ("__weakref__", "bucket", "expected", "fires", "index", "name", "node", "param", "prepare", "ptr", "used", "view")
+    __slots__ = (
+        "__weakref__",
+        "bucket",
+        "expected",
+        "fires",
+        "index",
+        "name",
+        "node",
+        "param",
+        "prepare",
+        "ptr",
+        "used",
+        "view",
+    )
 
     def __init__(self, index: int, name: str, param: torch.nn.Parameter):
         self.index = index
