@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pypar import ops
+from pypar.zero import state
 from pypar.zero.flat import FlatParameters
 from pypar.zero.reducer import ShardReducer, UnitBucket
 
@@ -98,10 +99,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = self._norm()
         factor = max_norm / (norm + 1e-6)
         if factor < 1 and math.isfinite(norm):
-            for bucket in self._buckets():
-                bucket.shard.mul_(factor)
-                bucket.squares = bucket.squares * factor**2 if bucket.squares is not None else None
+            self.scale_grads(factor)
         return norm
+
+    @torch.no_grad()
+    def scale_grads(self, factor: float) -> None:
+        """Multiplies this rank's gradients by the same factor on every rank: for a norm that is found elsewhere."""
+        for bucket in self._buckets():
+            bucket.shard.mul_(factor)
+            bucket.squares = bucket.squares * factor**2 if bucket.squares is not None else None
+
+    def gradients(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name of a parameter, at which of its elements this rank's part begins, the gradient of the part, flat), of
+        every parameter that has a part here and got a gradient on some rank."""
+        shards = {id(bucket.parameters): bucket.shard for bucket in self._buckets()}
+        index = {slot.name: slot.index for slot in self.reducer.slots}
+        for group in self.param_groups:
+            for piece in group["params"]:
+                name, (flat, begin, end, start) = self.names[id(piece)], self.places[id(piece)]
+                if id(flat) in shards and index[name] in self.reducer.has_gradient:
+                    yield name, start, shards[id(flat)][begin:end]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -154,66 +171,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
 
-    def full_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank.
-        Collective. What differs by parameter but not by element (a step count) is a tensor without dims."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        pieces = {id(piece): piece for group in self.param_groups for piece in group["params"]}
-        for flat in self.flats:
-            mine = [(p, self.places[key]) for key, p in pieces.items() if self.places[key][0] is flat]
-            keys = self._state_names(mine)
-            for key, is_scalar in keys:
-                found_here = self._gather(flat, mine, key, is_scalar)
-                for name, tensor in found_here.items():
-                    found.setdefault(name, {})[key] = tensor
-        return found
-
-    def _state_names(self, mine: list[Any]) -> list[tuple[str, bool]]:
-        """(name, has no dims) of every state that some rank has."""
-        names = {
-            (key, value.dim() == 0)
-            for piece, _ in mine
-            for key, value in self.inner.state.get(piece, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
-        everyone: list[Any] = [None] * self.reducer.world_size
-        dist.all_gather_object(everyone, sorted(names), group=self.group)
-        return sorted({tuple(each) for names in everyone for each in names})
-
-    def _gather(self, flat: FlatParameters, mine: list[Any], key: str, is_scalar: bool) -> dict[str, torch.Tensor]:
-        begin, end = flat.layout.shard(flat.rank)
-        has = torch.zeros(len(flat.names), dtype=torch.float64)
-        if is_scalar:
-            values = torch.zeros(len(flat.names), dtype=torch.float64)
-            for piece, _ in mine:
-                value = self.inner.state.get(piece, {}).get(key)
-                if value is not None:
-                    at = flat.names.index(self.names[id(piece)])
-                    values[at], has[at] = float(value), 1
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
-            return {n: v.float() for n, v, h in zip(flat.names, values, has, strict=True) if h}
-        shard = torch.zeros(end - begin, dtype=flat.master.dtype)
-        for piece, (_, first, last, _) in mine:
-            value = self.inner.state.get(piece, {}).get(key)
-            if value is not None:
-                shard[first:last].copy_(value)
-                has[flat.names.index(self.names[id(piece)])] = 1
-        full = flat.join(shard)
-        dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
-        return {n: v.clone() for n, v, h in zip(flat.names, flat.views(full), has, strict=True) if h}
+    def full_state(self, dst: int | None = None) -> dict[str, dict[str, torch.Tensor]]:
+        """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank,
+        or on rank dst alone, and {} elsewhere. Collective. What differs by parameter but not by element (a step count)
+        is a tensor without dims; "master" is the float32 weight of a parameter of a half type."""
+        return state.full_state(self, dst)
 
     def load_full_state(self, full: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Takes this rank's pieces of what full_state() gave, under any number of ranks."""
-        for group in self.param_groups:
-            for piece in group["params"]:
-                _, begin, end, start = self.places[id(piece)]
-                for key, value in full.get(self.names[id(piece)], {}).items():
-                    if value.dim() == 0:
-                        part = value.clone()
-                    else:
-                        part = value.reshape(-1)[start : start + end - begin].to(piece.dtype, copy=True)
-                    self.inner.state[piece][key] = part
+        """Takes this rank's pieces of what full_state() gave, under any number of ranks and stage.
+
+        Raises ValueError for a name that is no trained parameter, and for another shape."""
+        state.load_full_state(self, full)
 
 
 def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

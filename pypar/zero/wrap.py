@@ -36,7 +36,7 @@ class Zero(nn.Module):
     module      the full model; rank 0's values count
     group       the ranks; default all
     optimizer   a class of torch.optim that works element by element, whose settings are the further keyword arguments;
-                or an optimizer over the module's parameters, whose class, groups and settings are taken over
+                or an optimizer over the module's parameters, whose class, groups, settings and state are taken over
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
                 are summed and stepped in float32, on float32 shards of the weights. Floating inputs are cast
     units       see pypar.zero.units.units_of
@@ -90,6 +90,9 @@ class Zero(nn.Module):
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
+        if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
+            names = {id(p): n for flat in trained for n, p in zip(flat.names, flat.parameters, strict=True)}
+            self.optimizer.load_full_state({names[id(p)]: state for p, state in optimizer.state.items()})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
