@@ -40,6 +40,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.num_skipped = 0
         self.names: dict[int, str] = {}  # of each piece's parameter, by id of the piece
         self.places: dict[int, tuple[FlatParameters, int, int, int]] = {}  # flat, begin, end, start, by id of the piece
+        named = {id(p): n for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)}
+        self.group_names = [[named[id(p)] for p in group["params"]] for group in groups]  # on all ranks
         pieces = {id(p): piece for bucket in reducer.buckets for p, piece in self._pieces(bucket)}
         self.inner = make(
             [{**group, "params": [pieces[id(p)] for p in group["params"] if id(p) in pieces]} for group in groups],

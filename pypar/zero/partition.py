@@ -80,3 +80,29 @@ def lay_out(sizes: Sequence[int], world_size: int, item_bytes: int, shard_bytes:
     base, more = divmod(-(-at // block), world_size)
     bounds = [(r * base + min(r, more)) * block for r in range(world_size + 1)]
     return Layout(tuple(offsets), tuple(sizes), tuple(bounds))
+
+
+def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements [begin, end) of a contiguous tensor of that shape, in order, as boxes, contiguous each: (offsets, sizes);
+    at most 2 * dims - 1 of them."""
+    if begin >= end:
+        return
+    if len(shape) <= 1:
+        yield ((begin,), (end - begin,)) if shape else ((), ())
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-begin // inner), end // inner  # whole rows
+    if first > last:  # within one row
+        yield from _in_row(shape, last, begin - last * inner, end - last * inner)
+        return
+    if begin < first * inner:
+        yield from _in_row(shape, first - 1, begin - (first - 1) * inner, inner)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    if last * inner < end:
+        yield from _in_row(shape, last, 0, end - last * inner)
+
+
+def _in_row(shape: Sequence[int], row: int, begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offsets, sizes in boxes(shape[1:], begin, end):
+        yield (row, *offsets), (1, *sizes)

@@ -24,8 +24,8 @@ def full_state(optimizer: ShardedOptimizer, dst: int | None) -> dict[str, dict[s
     found: dict[str, dict[str, torch.Tensor]] = {}
     for flat in optimizer.flats:
         mine = pieces_of(optimizer, flat)
-        for key, scalar in _state_names(optimizer, flat, mine):
-            tensors = _gather(optimizer, flat, mine, key, scalar)
+        for key, scalar, having in state_names(optimizer, flat, mine):
+            tensors = _gather(optimizer, flat, mine, key, scalar, having)
             if dst in (None, optimizer.rank):
                 for name, tensor in tensors.items():
                     found.setdefault(name, {})[key] = tensor.clone()
@@ -44,20 +44,26 @@ def states_of(optimizer: ShardedOptimizer, piece: nn.Parameter) -> dict[str, tor
     return states if flat.master is flat.own else states | {MASTER: piece.detach()}
 
 
-def _state_names(optimizer: ShardedOptimizer, flat: FlatParameters, mine: Pieces) -> list[tuple[str, bool]]:
-    """(name, has no dims) of every state that some rank has."""
-    names = {(key, value.dim() == 0) for piece, _ in mine for key, value in states_of(optimizer, piece).items()}
+def state_names(optimizer: ShardedOptimizer, flat: FlatParameters, mine: Pieces) -> list[tuple[str, bool, list[str]]]:
+    """(name, has no dims, the parameters that have it) of every state that some rank has. Collective."""
+    names = {
+        (key, value.dim() == 0, optimizer.names[id(piece)])
+        for piece, _ in mine
+        for key, value in states_of(optimizer, piece).items()
+    }
     everyone: list[Any] = [None] * flat.world_size
     dist.all_gather_object(everyone, sorted(names), group=flat.group)
-    return sorted({tuple(each) for names in everyone for each in names})
+    found: dict[tuple[str, bool], set[str]] = {}
+    for key, scalar, name in (each for names in everyone for each in names):
+        found.setdefault((key, scalar), set()).add(name)
+    return [(*which, [n for n in flat.names if n in having]) for which, having in sorted(found.items())]
 
 
 def _gather(
-    optimizer: ShardedOptimizer, flat: FlatParameters, mine: Pieces, key: str, scalar: bool
+    optimizer: ShardedOptimizer, flat: FlatParameters, mine: Pieces, key: str, scalar: bool, having: list[str]
 ) -> dict[str, torch.Tensor]:
     """{name: the full state, a view}, of those parameters that have it."""
     begin, end = flat.layout.shard(flat.rank)
-    has = torch.zeros(len(flat.names), dtype=torch.float64)
     if scalar:
         values = torch.zeros(len(flat.names), dtype=torch.float64)
     else:
@@ -66,18 +72,15 @@ def _gather(
         value = states_of(optimizer, piece).get(key)
         if value is None:
             continue
-        at = flat.names.index(optimizer.names[id(piece)])
-        has[at] = 1
         if scalar:
-            values[at] = float(value)
+            values[flat.names.index(optimizer.names[id(piece)])] = float(value)
         else:
             shard[first:last].copy_(value)
-    dist.all_reduce(has, op=dist.ReduceOp.MAX, group=flat.group)
     if scalar:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=flat.group)
-        return {n: v.float() for n, v, h in zip(flat.names, values, has, strict=True) if h}
+        return {n: v.float() for n, v in zip(flat.names, values, strict=True) if n in having}
     views = flat.views(flat.join(shard))
-    return {n: v for n, v, h in zip(flat.names, views, has, strict=True) if h}
+    return {n: v for n, v in zip(flat.names, views, strict=True) if n in having}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pypar.zero import checkpoint
 from pypar.zero.flat import FlatParameters
 from pypar.zero.gather import UnitHooks
 from pypar.zero.optimizer import ShardedOptimizer
@@ -92,7 +94,7 @@ class Zero(nn.Module):
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
             names = {id(p): n for flat in trained for n, p in zip(flat.names, flat.parameters, strict=True)}
-            self.optimizer.load_full_state({names[id(p)]: state for p, state in optimizer.state.items()})
+            self.optimizer.load_full_state({names[id(p)]: _tensors(s) for p, s in optimizer.state.items()})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -141,6 +143,41 @@ class Zero(nn.Module):
             if unit is None or (hooks.flats[0].unit == unit and not hooks.stays):
                 hooks.free()
 
+    def full_state_dict(self, dst: int | None = None) -> dict[str, Any]:
+        """{"model": as the plain module's state_dict, "optimizer": {"state": {name: {key: tensor}}, "param_groups"}} of
+        full tensors, copies, on every rank, or on rank dst alone, and {} elsewhere. Unit by unit. Collective."""
+        return checkpoint.full_state_dict(self, dst)
+
+    def load_full_state_dict(self, state: dict[str, Any] | None, src: int | None = None) -> None:
+        """Takes what full_state_dict() gave, under any number of ranks and stage; "optimizer" may be absent.
+        Collective.
+
+        src: the rank that has it, from which each unit travels by itself; None: every rank has it.
+        Raises ValueError for a name or a shape that isn't the module's."""
+        checkpoint.load_full_state_dict(self, state, src)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """As full_state_dict, of what this rank holds: pypar.zero.ShardTensor, which torch.distributed.checkpoint saves
+        as full tensors in parts. No copies. Collective."""
+        return checkpoint.sharded_state_dict(self)
+
+    def save_sharded(self, folder: str | os.PathLike[str]) -> None:
+        """sharded_state_dict() through torch.distributed.checkpoint: each rank writes its part. Collective."""
+        checkpoint.save_sharded(self, folder)
+
+    def load_sharded(self, folder: str | os.PathLike[str]) -> None:
+        """What save_sharded wrote, under any number of ranks and any stage; each rank reads its part. Collective.
+
+        Raises ValueError for a parameter that the checkpoint lacks."""
+        checkpoint.load_sharded(self, folder)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """nn.Module's, of full tensors on every rank. Collective."""
+        if assign:
+            raise ValueError("pypar.Zero: assign=True would take the parameters from where ZeRO keeps them")
+        with self.full_params():
+            return super().load_state_dict(state_dict, strict)
+
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{name of a parameter that got one: the mean gradient over the ranks}, on every rank. Collective."""
         found: dict[str, torch.Tensor] = {}
@@ -168,6 +205,10 @@ def _flats(
     for (given, _, _), named in kinds.items():
         names, parameters = zip(*named, strict=True)
         yield FlatParameters(unit.name, names, parameters, group, stays, dtype if given.is_floating_point else None)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _optimizer_of(
