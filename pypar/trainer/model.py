@@ -167,8 +167,13 @@ def wrap(module: nn.Module, layout: Layout, zero: int, optimizer: torch.optim.Op
     """
     if layout.dp_group is None:
         return module
-    from pypar import DataParallel, Zero
+    from pypar import DataParallel, Zero, symmetric
 
+    if zero == 3 and layout.tp > 1 and not symmetric.shares_memory(layout.dp_group):
+        raise TrainError(
+            "--zero 3 with --tp works where the --dp ranks share memory, and these are on several hosts or of another "
+            "--backend: use --zero 2"
+        )
     if zero:
         return Zero(module, layout.dp_group, stage=zero, optimizer=optimizer)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pypar.zero.wrap import Zero
 
 State = dict[str, Any]
+GROUPS = "optimizer.param_groups."
 
 # -- full ----------------------------------------------------------------------------------------------------------
 
@@ -40,6 +41,7 @@ def full_state_dict(zero: Zero, dst: int | None) -> State:
     }
 
 
+@torch.no_grad()
 def load_full_state_dict(zero: Zero, state: State | None, src: int | None) -> None:
     """See Zero.load_full_state_dict."""
     here = src in (None, zero.rank)
@@ -186,7 +188,7 @@ def save_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
 def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
     """See Zero.load_sharded."""
     reader = dcp.FileSystemReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     wanted: State = {f"model.{name}": buffer for name, buffer in _buffers(zero.module)}
     for flat in zero._flats:
         for name, tensor in _sharded(flat, flat.master).items():
@@ -210,12 +212,13 @@ def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
                         (start, zero.optimizer.inner.state[piece][key])
                     )
         wanted |= {full: ShardTensor(shape, held[0][1].dtype, held) for full, (shape, held) in parts.items()}
-    groups = {"optimizer.param_groups": None} if "optimizer.param_groups" in stored else {}
+    settings = [name for name in stored if name.startswith(GROUPS)]
     missing = sorted(name for name in wanted if name not in stored)
     if missing:
         raise ValueError(f"pypar.Zero: the checkpoint {os.fspath(folder)} has no '{missing[0]}'")
     _barrier(zero)  # nobody reads the parameters any more
-    wanted |= scalars | groups
+    wanted |= scalars
+    wanted |= {n: torch.zeros(stored[n].size) if hasattr(stored[n], "size") else None for n in settings}
     dcp.load(wanted, storage_reader=reader, process_group=zero.group)
     for flat in zero._flats:
         if flat.own is not flat.master:
@@ -223,7 +226,11 @@ def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
     for piece in [p for group in zero.optimizer.param_groups for p in group["params"]]:
         state = zero.optimizer.inner.state[piece]
         state.update({k: v.clone() for k, v in state.items() if v.dim() == 0})  # each piece counts by itself
-    _load_groups(zero, wanted.get("optimizer.param_groups"))
+    groups: dict[int, State] = {}
+    for name in settings:
+        number, _, key = name.removeprefix(GROUPS).partition(".")
+        groups.setdefault(int(number), {})[key] = wanted[name]
+    _load_groups(zero, [groups[number] for number in sorted(groups)] or None)
     _settle(zero)
 
 

@@ -83,8 +83,8 @@ def lay_out(sizes: Sequence[int], world_size: int, item_bytes: int, shard_bytes:
 
 
 def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements [begin, end) of a contiguous tensor of that shape, in order, as boxes, contiguous each: (offsets, sizes);
-    at most 2 * dims - 1 of them."""
+    """Elements [begin, end) of a contiguous tensor of that shape, in order, as boxes, each contiguous: offsets and
+    sizes; at most 2 * dims - 1 of them."""
     if begin >= end:
         return
     if len(shape) <= 1:

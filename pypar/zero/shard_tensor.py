@@ -69,7 +69,9 @@ class ShardTensor(torch.Tensor):
         return f"ShardTensor({self.dtype}{list(self.shape)}, elements {held or 'none'})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func is torch.ops.aten.detach.default:
             return cls(args[0].shape, args[0].dtype, args[0].parts)
         raise NotImplementedError(

@@ -110,6 +110,7 @@ def is_scalar(key: str, value: torch.Tensor, shape: torch.Size) -> bool:
     return value.dim() == 0 and (key in SCALARS or len(shape) > 0)
 
 
+@torch.no_grad()
 def set_state(optimizer: ShardedOptimizer, piece: nn.Parameter, key: str, value: torch.Tensor) -> None:
     """A copy of it becomes the piece's state. value: of the piece's elements, or without dims."""
     flat, begin, end, _ = optimizer.places[id(piece)]

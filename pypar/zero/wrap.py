@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from pypar.zero import checkpoint
 from pypar.zero.flat import FlatParameters
 from pypar.zero.gather import UnitHooks
+from pypar.zero.guards import refuse_state_dicts
+from pypar.zero.materialize import RESET, Init, Materializer, needs_memory
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
 from pypar.zero.units import Rule, Unit, units_of
@@ -42,6 +44,9 @@ class Zero(nn.Module):
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
                 are summed and stepped in float32, on float32 shards of the weights. Floating inputs are cast
     units       see pypar.zero.units.units_of
+    init        of parameters and buffers that are on the meta device ("reset_parameters", a function that gets each
+                module, or a state dict of full tensors), a unit at a time, so that no rank ever holds the whole module:
+                see pypar.zero.materialize.Materializer. Default: reset_parameters
     find_unused_parameters
                 as DataParallel's
 
@@ -59,6 +64,7 @@ class Zero(nn.Module):
         stage: int = 3,
         optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
         units: Rule = "auto",
+        init: Init | None = None,
         param_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
         **settings: Any,
@@ -78,19 +84,25 @@ class Zero(nn.Module):
         self.require_backward_grad_sync = True
         make, groups, defaults = _optimizer_of(module, optimizer, settings)
         trainable = {id(p) for each in groups for p in each["params"]}
-        self._broadcast_state()
-        self._flats: list[FlatParameters] = []
         self._hooks: list[UnitHooks] = []
-        for unit in units_of(module, units):
+        found, was_meta = units_of(module, units), needs_memory(module)
+        flats_of: dict[int, list[FlatParameters]] = {}
+        for unit in self._units_with_values(found, was_meta, init):
             flats = list(_flats(unit, group, trainable, stage < 3, param_dtype))
-            self._flats += flats
+            flats_of[id(unit)] = flats
             if not all(flat.stays for flat in flats):
                 self._hooks.append(UnitHooks(flats, stays=unit.module is module))
                 self._hooks[-1].attach(unit.module)
+                refuse_state_dicts(unit.module, flats)
+            if was_meta:
+                for flat in flats:
+                    flat.free()
         if self.world_size > 1:
             dist.barrier(group=group)  # every shard is in its place
+        self._flats = [flat for unit in found for flat in flats_of[id(unit)]]
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
-        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
+        with _shapes_of_freed(trained):
+            self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
             names = {id(p): n for flat in trained for n, p in zip(flat.names, flat.parameters, strict=True)}
@@ -190,6 +202,16 @@ class Zero(nn.Module):
                         found[name] = view.clone()
         return found
 
+    def _units_with_values(self, units: list[Unit], is_meta: bool, init: Init | None) -> Iterator[Unit]:
+        """Each unit, when its parameters are there, with rank 0's values; on every rank in the same order."""
+        if is_meta or isinstance(init, Mapping):
+            yield from Materializer(self.module, units, self.group, RESET if init is None else init).run()
+            return
+        if init is not None:
+            raise ValueError("pypar.Zero: init= is for parameters on the meta device, and none is; leave it out")
+        self._broadcast_state()
+        yield from units
+
     def _broadcast_state(self) -> None:
         tensors = [t.detach() for t in (*self.module.parameters(), *self.module.buffers())]
         if self.world_size > 1 and tensors:
@@ -205,6 +227,19 @@ def _flats(
     for (given, _, _), named in kinds.items():
         names, parameters = zip(*named, strict=True)
         yield FlatParameters(unit.name, names, parameters, group, stays, dtype if given.is_floating_point else None)
+
+
+@contextmanager
+def _shapes_of_freed(flats: list[FlatParameters]) -> Iterator[None]:
+    """Within the block, freed parameters show their shape, which autograd notes for their gradients."""
+    freed = [flat for flat in flats if not flat.is_full]
+    for flat in freed:
+        for parameter, shape in zip(flat.parameters, flat.shapes, strict=True):
+            parameter.data = parameter.data.new_empty(1).expand(shape)
+    yield
+    for flat in freed:
+        for parameter in flat.parameters:
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from pypar.testing import run_ranks
 from pypar.trainer import args, checkpoint
+from pypar.trainer.errors import TrainError
 from pypar.trainer.loop import Trainer
 from pypar.trainer.main import main
 from pypar.trainer.prepare import Job, prepare
@@ -20,7 +21,10 @@ from .helpers import BACKEND, curve, rows, run_train
 from .test_tensor_parallel import LLAMA, Validations, assert_close, resumed, train
 
 # (dp, tp, zero) by number of ranks
-LAYOUTS = {2: [(2, 1, 1), (2, 1, 2), (2, 1, 3)], 3: [(3, 1, 3)], 4: [(2, 2, 2), (2, 2, 3)]}
+LAYOUTS = {
+    BACKEND: {2: [(2, 1, 1), (2, 1, 2), (2, 1, 3)], 3: [(3, 1, 3)], 4: [(2, 2, 2), (2, 2, 3)]},
+    "gloo": {2: [(2, 1, 3)], 4: [(2, 2, 1)]},
+}
 
 
 @pytest.fixture
@@ -69,8 +73,7 @@ def test_stages_change_only_rounding_and_checkpoints_are_the_plain_ones(llama_op
     plain = job_at(llama_options, "plain")
     (wanted,) = run_ranks(results, 1, [plain], [(1, 1, 0)], True, backend=BACKEND)[0]
     assert wanted[0][-1][0] < 5.6 and wanted[2]
-    for world, layouts in LAYOUTS.items():
-        layouts = [each for each in layouts if backend == BACKEND or each[2] == 3]
+    for world, layouts in LAYOUTS[backend].items():
         jobs = [job_at(llama_options, f"{backend}-{world}-{n}") for n in range(len(layouts))]
         straight = run_ranks(results, world, jobs, layouts, True, backend=backend)[0]
         again = run_ranks(results, world, jobs, layouts, False, backend=backend)[0]
@@ -83,6 +86,15 @@ def test_stages_change_only_rounding_and_checkpoints_are_the_plain_ones(llama_op
             assert_close(found, wanted)
         (found,) = run_ranks(results, 1, jobs[-1:], [(1, 1, 0)], False, backend=BACKEND)[0]
         assert_close(found, wanted)
+
+
+def refuses_stage_3(rank: int, world_size: int, job: dict):
+    with pytest.raises(TrainError, match=r"--zero 3 with --tp works where the --dp ranks share memory.*--zero 2"):
+        Trainer(laid_out(job, 2, 2, 3), Ranks.current("cpu"))
+
+
+def test_stage_3_with_tensor_parallel_between_hosts_is_refused(llama_options):
+    run_ranks(refuses_stage_3, 4, job_at(llama_options, "x"), backend="gloo")
 
 
 def test_a_stage_that_does_not_exist(refused, options):
