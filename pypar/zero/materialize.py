@@ -73,8 +73,9 @@ class Materializer:
         self._send([buffer.detach() for buffer in self.root.buffers()])
 
     def _send(self, tensors: list[torch.Tensor]) -> None:
-        if self.world_size > 1 and tensors:
-            dist._broadcast_coalesced(self.group, tensors, 250 * 2**20, 0)
+        if self.world_size > 1:
+            for tensor in tensors:  # one by one: together they would be copied
+                dist.broadcast(tensor, group=self.group, group_src=0)
 
     def _agree(self, work: Callable[[], None]) -> None:
         """work() on rank 0; what it raises is raised on every rank."""

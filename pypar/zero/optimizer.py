@@ -13,6 +13,7 @@ from torch import nn
 from pypar import ops
 from pypar.zero import state
 from pypar.zero.flat import FlatParameters
+from pypar.zero.offload import Offload
 from pypar.zero.reducer import ShardReducer, UnitBucket
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
@@ -33,6 +34,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         flats: Sequence[FlatParameters],
         reducer: ShardReducer,
         defaults: dict[str, Any],
+        offload: Offload | None = None,
     ):
         # Not the base class's: what it would set up is the inner optimizer's.
         self.flats, self.reducer = list(flats), reducer
@@ -53,6 +55,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter "
                 f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
             )
+        self.offload = offload
+        if offload is not None:
+            offload.reserve(self, _adam_states if self._is_adam() else lambda group: ())
+
+    def _is_adam(self) -> bool:
+        return all(_is_adam(self.inner, group) for group in self.param_groups)
 
     def _pieces(self, bucket: UnitBucket) -> list[tuple[nn.Parameter, nn.Parameter]]:
         flat = bucket.parameters
@@ -139,15 +147,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 bucket = shards[id(flat)]
                 has_gradient = bucket.has_shard and index[self.names[id(piece)]] in self.reducer.has_gradient
                 piece.grad = bucket.shard[begin:end] if has_gradient else None
-        if all(_is_adam(self.inner, group) for group in self.param_groups):
+        if self._is_adam():
             for group in self.param_groups:
                 for piece in group["params"]:
                     if piece.grad is not None:
                         flat, begin, end, _ = self.places[id(piece)]
                         low = flat.own[begin:end] if flat.own is not flat.master else None
+                        if not self.inner.state[piece] and self.offload is not None:
+                            fresh = {name: self.offload.fresh(piece, name) for name in _adam_states(group)}
+                            self.inner.state[piece].update(step=torch.zeros(()), **fresh)
                         _adam(piece, self.inner.state[piece], group, low)
         else:
             self.inner.step()
+            if self.offload is not None:
+                self.offload.adopt(self)
             for flat in self.flats:
                 if flat.own is not flat.master:
                     flat.own.copy_(flat.master)
@@ -172,6 +185,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+        if self.offload is not None:
+            self.offload.adopt(self)
 
     def full_state(self, dst: int | None = None) -> dict[str, dict[str, torch.Tensor]]:
         """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank,
@@ -193,12 +208,15 @@ def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     )
 
 
+def _adam_states(group: dict[str, Any]) -> Sequence[str]:
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+
 def _adam(piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], low: torch.Tensor | None) -> None:
     """A step in one pass, with the states of torch's own."""
     if not state:
         state["step"] = torch.zeros(())
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-        state.update({name: torch.zeros_like(piece) for name in names})
+        state.update({name: torch.zeros_like(piece) for name in _adam_states(group)})
     state["step"] += 1
     assert piece.grad is not None
     ops.zero_step(

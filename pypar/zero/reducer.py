@@ -102,6 +102,7 @@ class ShardReducer(Reducer):
             for dtype, flat in largest.items():
                 count = min(MEMORIES, sum(f.dtype == dtype for f in self.flats))
                 self.memories[dtype] = [self._memory(flat, flat.layout.numel) for _ in range(count)]
+        self.pooled = {memory.data_ptr() for memories in self.memories.values() for memory in memories}
 
     def _memory(self, flat: FlatParameters, numel: int) -> torch.Tensor:
         return symmetric.empty(numel, flat.dtype, self.group, flat.device)
@@ -109,9 +110,12 @@ class ShardReducer(Reducer):
     def acquire(self, bucket: UnitBucket) -> None:
         free = self.memories[bucket.parameters.dtype]
         if not free:
-            oldest = next(
-                b for b in self.buckets if b.work is not None and b.parameters.dtype == bucket.parameters.dtype
-            )
+            dtype = bucket.parameters.dtype
+            holders = (b for b in self.buckets if b.work is not None and b.flat is not None)
+            oldest = next((b for b in holders if b.parameters.dtype == dtype), None)
+            if oldest is None:  # they all hold gradients, and wait for a unit before them that this rank does not use
+                flat = bucket.parameters
+                return bucket.take(torch.empty(flat.layout.numel, dtype=flat.dtype, device=flat.device))
             self.wait(oldest)
         bucket.take(free.pop(0))
 
@@ -166,7 +170,9 @@ class ShardReducer(Reducer):
         """Its shard is there; the memory of its full gradients can go."""
         bucket.has_shard = True
         if not self.keeps_full:
-            self.memories[bucket.parameters.dtype].append(bucket.drop())
+            memory = bucket.drop()
+            if memory.data_ptr() in self.pooled:
+                self.memories[bucket.parameters.dtype].append(memory)
 
     def reset(self) -> None:
         super().reset()

@@ -116,7 +116,10 @@ def set_state(optimizer: ShardedOptimizer, piece: nn.Parameter, key: str, value:
     flat, begin, end, _ = optimizer.places[id(piece)]
     if key != MASTER:
         kept = value.to(piece.dtype, copy=True) if value.shape else value.clone()
-        optimizer.inner.state[piece][key] = kept.to(piece.device) if value.shape else kept
+        kept = kept.to(piece.device) if value.shape else kept
+        if optimizer.offload is not None:
+            kept = optimizer.offload.place(piece, key, kept)
+        optimizer.inner.state[piece][key] = kept
     elif flat.master is not flat.own:
         piece.copy_(value)
         flat.own[begin:end].copy_(value)

@@ -17,6 +17,7 @@ from pypar.zero.flat import FlatParameters
 from pypar.zero.gather import UnitHooks
 from pypar.zero.guards import refuse_state_dicts
 from pypar.zero.materialize import RESET, Init, Materializer, needs_memory
+from pypar.zero.offload import Offload
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
 from pypar.zero.units import Rule, Unit, units_of
@@ -49,6 +50,9 @@ class Zero(nn.Module):
                 see pypar.zero.materialize.Materializer. Default: reset_parameters
     find_unused_parameters
                 as DataParallel's
+    offload     a folder, or a path to which the rank's number is added: offload_ratio of the optimizer's states and of
+                the float32 masters lie there, in a memory-mapped file of each rank; the same results. The file has no
+                name while it is used and is gone at the end, unless offload_keep
 
     model.optimizer has step, zero_grad, clip_grad_norm_, param_groups, state_dict, full_state. After backward,
     param.grad holds this rank's own gradients at stage 1, nothing at stages 2 and 3.
@@ -67,6 +71,9 @@ class Zero(nn.Module):
         init: Init | None = None,
         param_dtype: torch.dtype | None = None,
         find_unused_parameters: bool = False,
+        offload: str | os.PathLike[str] | None = None,
+        offload_ratio: float = 1.0,
+        offload_keep: bool = False,
         **settings: Any,
     ):
         super().__init__()
@@ -103,11 +110,15 @@ class Zero(nn.Module):
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         with _shapes_of_freed(trained):
             self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
-        self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
+        file = None if offload is None else Offload(offload, offload_ratio, offload_keep, group)
+        if file is not None:
+            file.take_masters(trained)
+        self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults, file)
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
             names = {id(p): n for flat in trained for n, p in zip(flat.names, flat.parameters, strict=True)}
             self.optimizer.load_full_state({names[id(p)]: _tensors(s) for p, s in optimizer.state.items()})
 
+    @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self._reducer.check_idle()
@@ -235,7 +246,7 @@ def _shapes_of_freed(flats: list[FlatParameters]) -> Iterator[None]:
     freed = [flat for flat in flats if not flat.is_full]
     for flat in freed:
         for parameter, shape in zip(flat.parameters, flat.shapes, strict=True):
-            parameter.data = parameter.data.new_empty(1).expand(shape)
+            parameter.data = parameter.data.new_empty(()).expand(shape)
     yield
     for flat in freed:
         for parameter in flat.parameters:

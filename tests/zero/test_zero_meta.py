@@ -63,8 +63,8 @@ def check_weights(rank, world):
     for name, init in (("reset_parameters", reset), (None, reset), (scaled, scaled)):
         wanted = alone(init)
         for stage, dtype in ((1, None), (2, None), (3, None), (2, torch.bfloat16), (3, torch.bfloat16)):
-            torch.manual_seed(11 if rank == 0 else 100 + rank)
             full = on_meta()
+            torch.manual_seed(11 if rank == 0 else 100 + rank)
             optimizer = OPTIMIZERS["AdamW"](groups_of(full))
             model = pypar.Zero(full, stage=stage, optimizer=optimizer, init=name, param_dtype=dtype)
             assert full.head.weight is full.embed.weight and not full.layers[1].up.weight.requires_grad
@@ -193,7 +193,8 @@ def private_bytes():
 
 
 def check_memory(rank, world, shares):
-    """Of 12 units of 9 MB: while one is made, there are the shards of those before it, and no other."""
+    """Of 12 units of 9 MB: while one is made, there are the shards of those before it, and no other. (A unit
+    that is cut is there twice, where it is not cut into shared memory, and the allocator keeps that for the next one.)"""
     unit, slack = 1500 * 1500 * 4, 8 * 2**20
     before, seen = private_bytes(), []
 
@@ -208,7 +209,7 @@ def check_memory(rank, world, shares):
     assert len(seen) == (12 if rank == 0 else 0)
     for number, grown in enumerate(seen):
         shards = 0 if shares else number * unit / world
-        assert grown < shards + unit + slack, (number, grown / 2**20)
+        assert grown < shards + unit * (1 if shares else 2) + slack, (number, grown / 2**20)
 
 
 @pytest.mark.parametrize("backend", ["pypar", "gloo"])
