@@ -135,7 +135,10 @@ class Offload:
 
     def fresh(self, piece: nn.Parameter, name: str) -> torch.Tensor:
         """A state of zeros."""
-        return self.place(piece, name, torch.zeros((), dtype=piece.dtype).expand(piece.shape))
+        zero = torch.zeros((), dtype=piece.dtype)
+        return (
+            self.place(piece, name, zero.expand(piece.shape)) if id(piece) in self.chosen else torch.zeros_like(piece)
+        )
 
     def adopt(self, optimizer: ShardedOptimizer) -> None:
         """Moves what has come into memory since."""

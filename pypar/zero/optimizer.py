@@ -174,6 +174,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for flat in self.flats:
             flat.publish()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise RuntimeError(
+            "pypar.Zero: parameters are shared out when the module is wrapped, and groups can't be added then; give "
+            "optimizer= one that has them"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.reducer.zero_grad()
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pypar.zero import checkpoint
 from pypar.zero.flat import FlatParameters
 from pypar.zero.gather import UnitHooks
-from pypar.zero.guards import refuse_state_dicts
+from pypar.zero.guards import Watch, check_module, refuse_state_dicts
 from pypar.zero.materialize import RESET, Init, Materializer, needs_memory
 from pypar.zero.offload import Offload
 from pypar.zero.optimizer import ShardedOptimizer
@@ -90,6 +90,7 @@ class Zero(nn.Module):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.require_backward_grad_sync = True
         make, groups, defaults = _optimizer_of(module, optimizer, settings)
+        check_module(module, groups, group)
         trainable = {id(p) for each in groups for p in each["params"]}
         self._hooks: list[UnitHooks] = []
         found, was_meta = units_of(module, units), needs_memory(module)
@@ -110,6 +111,7 @@ class Zero(nn.Module):
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         with _shapes_of_freed(trained):
             self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
+        self._watch = Watch(module, self.rank)
         file = None if offload is None else Offload(offload, offload_ratio, offload_keep, group)
         if file is not None:
             file.take_masters(trained)
@@ -122,6 +124,7 @@ class Zero(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self._reducer.check_idle()
+            self._watch.check()
             for flat in self._flats:
                 flat.check()
         if self.param_dtype is not None:

@@ -193,8 +193,9 @@ def private_bytes():
 
 
 def check_memory(rank, world, shares):
-    """Of 12 units of 9 MB: while one is made, there are the shards of those before it, and no other. (A unit
-    that is cut is there twice, where it is not cut into shared memory, and the allocator keeps that for the next one.)"""
+    """Of 12 units of 9 MB: while one is made, there are the shards of those before it, and no other.
+
+    A unit that is not cut into shared memory is there twice meanwhile, and the allocator keeps that for the next."""
     unit, slack = 1500 * 1500 * 4, 8 * 2**20
     before, seen = private_bytes(), []
 

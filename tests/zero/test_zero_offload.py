@@ -13,6 +13,7 @@ from zero.test_zero_state_dicts import differing, everything, train
 
 import pypar
 from pypar.testing import run_ranks
+from pypar.zero.offload import StateFile
 
 PAGE = 4096
 
@@ -110,13 +111,20 @@ def check_wrong(rank, world, folder):
         build(2, offload=folder / "no" / "x")
     with pytest.raises(OSError, match=r"pypar\.Zero: offload: cannot create /proc/x\.\d"):
         build(2, offload="/proc/x")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:  # its disk alone is full
+    limit, take = resource.getrlimit(resource.RLIMIT_FSIZE), StateFile.take
+
+    def take_little(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (PAGE, limit[1]))
+        try:
+            return take(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    if rank == 1:  # its disk alone is full
+        StateFile.take = take_little
     with pytest.raises(OSError, match=rf"no room for \d+ more bytes in {folder}/full\.1: File too large") as raised:
         build(2, offload=folder / "full")
     assert raised.value.errno == errno.EFBIG
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     dist.barrier()
     assert not list(folder.iterdir())
 
