@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -107,7 +108,13 @@ class Materializer:
                 module._buffers[name] = self._empty(buffer)
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        made = torch.empty_like(like, device=self.device)
+        if self.device.type == "cpu" and like.numel():
+            # Straight from the system and back to it: the heap would keep and splinter what each unit lets go.
+            num_bytes = like.numel() * like.element_size()
+            pages = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            made = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+        else:
+            made = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         return made.fill_(_NAN) if made.is_floating_point() and self.rank == 0 else made
 
     # -- values, on rank 0 -----------------------------------------------------------------------------------------
