@@ -45,16 +45,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         named = {id(p): n for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)}
         self.group_names = [[named[id(p)] for p in group["params"]] for group in groups]  # on all ranks
         pieces = {id(p): piece for bucket in reducer.buckets for p, piece in self._pieces(bucket)}
+        if isinstance(make, type):  # before it refuses flat parameters in its own words
+            _check_elementwise(make)
         self.inner = make(
             [{**group, "params": [pieces[id(p)] for p in group["params"] if id(p) in pieces]} for group in groups],
             **defaults,
         )
-        kind = type(self.inner).__name__
-        if kind not in ELEMENTWISE:
-            raise ValueError(
-                f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter "
-                f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
-            )
+        _check_elementwise(type(self.inner))
         self.offload = offload
         if offload is not None:
             offload.reserve(self, _adam_states if self._is_adam() else lambda group: ())
@@ -205,6 +202,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for a name that is no trained parameter, and for another shape."""
         state.load_full_state(self, full)
+
+
+def _check_elementwise(kind: type) -> None:
+    if kind.__name__ not in ELEMENTWISE:
+        raise ValueError(
+            f"pypar.Zero: {kind.__name__} is not known to work element by element, so that a rank's part of a parameter "
+            f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
+        )
 
 
 def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:

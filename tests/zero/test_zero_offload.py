@@ -19,7 +19,7 @@ PAGE = 4096
 
 
 def build(stage, optimizer="AdamW", **settings):
-    full = Model()
+    full = Model(width=64, vocab=200)
     return pypar.Zero(full, stage=stage, optimizer=OPTIMIZERS[optimizer](groups_of(full)), **settings)
 
 
@@ -59,7 +59,7 @@ def check(rank, world, folder):
             assert not differing(everything(mapped), everything(plain)), (optimizer, stage)
             sizes = states_of(mapped)
             share = sum(n for n, is_in in sizes if is_in) / sum(n for n, _ in sizes)
-            assert ratio - 0.2 < share <= ratio, (optimizer, share)
+            assert ratio - 0.25 < share <= ratio, (optimizer, share)
             if ratio == 1:
                 wanted = 4 * sum(n for n, _ in sizes)
                 assert wanted <= mapped.optimizer.offload.file.bytes < wanted + 64 * len(sizes) + 2 * PAGE
