@@ -207,8 +207,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 def _check_elementwise(kind: type) -> None:
     if kind.__name__ not in ELEMENTWISE:
         raise ValueError(
-            f"pypar.Zero: {kind.__name__} is not known to work element by element, so that a rank's part of a parameter "
-            f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
+            f"pypar.Zero: {kind.__name__} is not known to work element by element, so that a rank's part of a "
+            f"parameter would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
         )
 
 
