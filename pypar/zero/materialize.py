@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,6 +68,7 @@ class Materializer:
             self._send([p.detach() for p in unit.parameters])
             yield unit
             self.cut += zip(unit.names, unit.parameters, strict=True)
+            _give_back()
         self._agree(lambda: self._initialise(len(self.order), None))
         for _, module in self.order:
             self._allocate_buffers(module)
@@ -108,13 +109,7 @@ class Materializer:
                 module._buffers[name] = self._empty(buffer)
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu" and like.numel():
-            # Straight from the system and back to it: the heap would keep and splinter what each unit lets go.
-            num_bytes = like.numel() * like.element_size()
-            pages = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            made = torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
-        else:
-            made = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        made = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         return made.fill_(_NAN) if made.is_floating_point() and self.rank == 0 else made
 
     # -- values, on rank 0 -----------------------------------------------------------------------------------------
@@ -167,6 +162,13 @@ class Materializer:
     def _check_set(self, name: str, tensor: torch.Tensor | None) -> None:
         if tensor is not None and tensor.is_floating_point() and bool(tensor.isnan().any()):
             raise _Refused(f"init= leaves '{name}' unset (or sets it to nan)")
+
+
+def _give_back() -> None:
+    """What a unit has let go goes back to the system: the heap would keep it, in holes that the next doesn't fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class _Refused(Exception):
