@@ -80,7 +80,7 @@ class Offload:
         path = f"{path}.{dist.get_rank()}"
         self.file: StateFile
         self.chosen: set[int] = set()  # ids of pieces
-        self._spare: dict[tuple[int, str], torch.Tensor] = {}  # reserved for a state that is not there yet
+        self._places: dict[tuple[int, str], torch.Tensor] = {}  # of each state, by id of its piece
         self._placed: set[int] = set()  # addresses
         self._agree(lambda: setattr(self, "file", StateFile(path, keep)))
 
@@ -115,39 +115,43 @@ class Offload:
         chosen = [pieces[i] for i in _largest([piece.numel() for piece, _ in pieces], self.ratio)]
         self.chosen = {id(piece) for piece, _ in chosen}
 
-        def take() -> None:
-            for dtype in {piece.dtype for piece, _ in chosen}:
-                keys = [(piece, name) for piece, states in chosen if piece.dtype == dtype for name in states]
-                tensors = self.file.take([piece.numel() for piece, _ in keys], dtype)
-                self._spare |= {(id(piece), name): tensor for (piece, name), tensor in zip(keys, tensors, strict=True)}
+        self._agree(lambda: self._take([(piece, name) for piece, states in chosen for name in states]))
 
-        self._agree(take)
+    def _take(self, wanted: Sequence[tuple[nn.Parameter, str]]) -> None:
+        for dtype in {piece.dtype for piece, _ in wanted}:
+            keys = [(piece, name) for piece, name in wanted if piece.dtype == dtype]
+            tensors = self.file.take([piece.numel() for piece, _ in keys], dtype)
+            self._places |= {(id(piece), name): tensor for (piece, name), tensor in zip(keys, tensors, strict=True)}
+
+    def _is_missing(self, piece: nn.Parameter, value: Any) -> bool:
+        """Belongs into the file, and is not there."""
+        is_state = isinstance(value, torch.Tensor) and value.shape == piece.shape and value.dtype == piece.dtype
+        return is_state and id(piece) in self.chosen and value.data_ptr() not in self._placed
 
     def place(self, piece: nn.Parameter, name: str, value: torch.Tensor) -> torch.Tensor:
         """The state, in the file where that is its place."""
-        if id(piece) not in self.chosen or value.shape != piece.shape or value.data_ptr() in self._placed:
+        if not self._is_missing(piece, value):
             return value
-        tensor = self._spare.pop((id(piece), name), None)
-        if tensor is None:
-            (tensor,) = self.file.take([value.numel()], value.dtype)
+        if (id(piece), name) not in self._places:
+            self._take([(piece, name)])
+        tensor = self._places[id(piece), name]
         self._placed.add(tensor.data_ptr())
         return tensor.copy_(value)
 
     def fresh(self, piece: nn.Parameter, name: str) -> torch.Tensor:
         """A state of zeros."""
-        zero = torch.zeros((), dtype=piece.dtype)
-        return (
-            self.place(piece, name, zero.expand(piece.shape)) if id(piece) in self.chosen else torch.zeros_like(piece)
-        )
+        if id(piece) not in self.chosen:
+            return torch.zeros_like(piece)
+        return self.place(piece, name, torch.zeros((), dtype=piece.dtype).expand(piece.shape))
 
     def adopt(self, optimizer: ShardedOptimizer) -> None:
         """Moves what has come into memory since."""
-        for group in optimizer.param_groups:
-            for piece in group["params"]:
-                state = optimizer.inner.state.get(piece, {})
-                for name, value in state.items():
-                    if isinstance(value, torch.Tensor):
-                        state[name] = self.place(piece, name, value)
+        states = [(p, optimizer.inner.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
+        coming = [(p, name) for p, state in states for name, value in state.items() if self._is_missing(p, value)]
+        self._take([(p, name) for p, name in coming if (id(p), name) not in self._places])
+        for piece, name in coming:
+            state = optimizer.inner.state[piece]
+            state[name] = self.place(piece, name, state[name])
 
 
 def _largest(numels: Sequence[int], ratio: float) -> list[int]:
