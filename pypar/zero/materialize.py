@@ -28,15 +28,16 @@ class Materializer:
     values then go to every rank. So the weights are those of module.to_empty(device=...).apply(init) in one process,
     with rank 0's seed, whatever the number of ranks. They get memory on torch.get_default_device().
 
-    init  "reset_parameters": each module's own; a function of a module; or a state dict of full tensors, of which rank
-          0's counts. Modules that hold nothing on meta are left as they are; a state dict sets all parameters
+    groups  in which the values go from rank 0 to all, one after the other
+    init    "reset_parameters": each module's own; a function of a module; or a state dict of full tensors, where
+            rank 0's counts. Modules that hold nothing on meta are left as they are; a state dict sets all parameters
 
     Raises ValueError, on every rank: what init leaves unset, or lacks; and whatever init raises.
     """
 
-    def __init__(self, root: nn.Module, units: list[Unit], group: dist.ProcessGroup, init: Init):
-        self.root, self.units, self.group, self.init = root, units, group, init
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, root: nn.Module, units: list[Unit], groups: list[dist.ProcessGroup], init: Init):
+        self.root, self.units, self.groups, self.init = root, units, groups, init
+        self.draws = all(dist.get_rank(group) == 0 for group in groups)
         self.device = torch.get_default_device()
         self.order = list(_post_order(root, "", set()))
         self.visited = 0
@@ -75,21 +76,21 @@ class Materializer:
         self._send([buffer.detach() for buffer in self.root.buffers()])
 
     def _send(self, tensors: list[torch.Tensor]) -> None:
-        if self.world_size > 1:
+        for group in self.groups:
             for tensor in tensors:  # one by one: together they would be copied
-                dist.broadcast(tensor, group=self.group, group_src=0)
+                dist.broadcast(tensor, group=group, group_src=0)
 
     def _agree(self, work: Callable[[], None]) -> None:
         """work() on rank 0; what it raises is raised on every rank."""
         error: Exception | None = None
         said: list[Any] = [None]
-        if self.rank == 0:
+        if self.draws:
             try:
                 work()
             except Exception as caught:
                 error, said = caught, [str(caught) if isinstance(caught, _Refused) else f"init raised {caught!r}"]
-        if self.world_size > 1:
-            dist.broadcast_object_list(said, group=self.group, group_src=0)
+        for group in self.groups:
+            dist.broadcast_object_list(said, group=group, group_src=0)
         if said[0] is not None:
             raise ValueError(f"pypar.Zero: {said[0]}") from error
 
@@ -110,7 +111,7 @@ class Materializer:
 
     def _empty(self, like: torch.Tensor) -> torch.Tensor:
         made = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        return made.fill_(_NAN) if made.is_floating_point() and self.rank == 0 else made
+        return made.fill_(_NAN) if made.is_floating_point() and self.draws else made
 
     # -- values, on rank 0 -----------------------------------------------------------------------------------------
 

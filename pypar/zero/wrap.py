@@ -219,7 +219,7 @@ class Zero(nn.Module):
     def _units_with_values(self, units: list[Unit], is_meta: bool, init: Init | None) -> Iterator[Unit]:
         """Each unit, when its parameters are there, with rank 0's values; on every rank in the same order."""
         if is_meta or isinstance(init, Mapping):
-            yield from Materializer(self.module, units, self.group, RESET if init is None else init).run()
+            yield from Materializer(self.module, units, self._groups(), RESET if init is None else init).run()
             return
         if init is not None:
             raise ValueError("pypar.Zero: init= is for parameters on the meta device, and none is; leave it out")
@@ -228,8 +228,13 @@ class Zero(nn.Module):
 
     def _broadcast_state(self) -> None:
         tensors = [t.detach() for t in (*self.module.parameters(), *self.module.buffers())]
-        if self.world_size > 1 and tensors:
-            dist._broadcast_coalesced(self.group, tensors, BROADCAST_BYTES, 0)
+        for group in self._groups():
+            if tensors:
+                dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """In which rank 0's values go to every rank, one after the other."""
+        return [self.group] if self.world_size > 1 else []
 
 
 def _flats(
