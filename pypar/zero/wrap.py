@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from pypar.zero.flat import FlatParameters
-from pypar.zero.gather import UnitHooks
+from pypar.zero.gather import Gatherer
+from pypar.zero.hosts import Hosts
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
+from pypar.zero.replicas import groups_of
 from pypar.zero.units import Rule, Unit, units_of
 
 BROADCAST_BYTES = 250 * 2**20
@@ -31,10 +34,17 @@ class Zero(nn.Module):
     stage 3   and of the parameters
 
     Where the ranks share memory (one host, process group "pypar"), the parameters exist once for all of them at every
-    stage, so that nothing is gathered, and stage 3 is stage 2.
+    stage, so that nothing is gathered, and stage 3 is stage 2. Between hosts a unit is gathered before it computes,
+    while the unit before it does, and freed after: at most two are whole at a time, besides the parameters outside of
+    any unit. The ranks of a host share one copy, and each brings a part of it, where "pypar" serves the group and hosts
+    have equal numbers of ranks. Parameters that are not whole have no values: what needs them raises RuntimeError.
 
     module      the full model; rank 0's values count
-    group       the ranks; default all
+    group       the ranks; default all. Or a DeviceMesh of two dims, (replicate, shard), for hybrid sharding: see there
+    replicate_group
+                hybrid sharding: the ranks that hold the same shards as this one, one of every sharding group. They add
+                their gradients after those were reduced to shards, so that between hosts (replicate) travel 1/N of the
+                gradients, N ranks to a host (shard), and no parameters
     optimizer   a class of torch.optim that works element by element, whose settings are the further keyword arguments;
                 or an optimizer over the module's parameters, whose class, groups and settings are taken over
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
@@ -52,9 +62,10 @@ class Zero(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
         *,
         stage: int = 3,
+        replicate_group: dist.ProcessGroup | None = None,
         optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
         units: Rule = "auto",
         param_dtype: torch.dtype | None = None,
@@ -66,11 +77,7 @@ class Zero(nn.Module):
             raise ValueError(f"pypar.Zero: stage={stage!r}; there are 1 (optimizer), 2 (gradients), 3 (parameters)")
         if param_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"pypar.Zero: param_dtype={param_dtype}; give torch.bfloat16, float16, float32 or None")
-        if group is None:
-            if not dist.is_initialized():
-                raise ValueError("pypar.Zero: no process group; call pypar.init() first, or pass group=")
-            group = dist.group.WORLD
-        assert group is not None
+        group, self.replicate_group = groups_of(group, replicate_group)
         self.module, self.group, self.stage, self.param_dtype = module, group, stage, param_dtype
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.require_backward_grad_sync = True
@@ -78,18 +85,19 @@ class Zero(nn.Module):
         trainable = {id(p) for each in groups for p in each["params"]}
         self._broadcast_state()
         self._flats: list[FlatParameters] = []
-        self._hooks: list[UnitHooks] = []
+        hosts = Hosts.of(group)
+        self._gatherer = Gatherer(hosts.settle if hosts is not None else None)
         for unit in units_of(module, units):
-            flats = list(_flats(unit, group, trainable, stage < 3, param_dtype))
+            flats = list(_flats(unit, group, trainable, stage < 3, param_dtype, hosts))
             self._flats += flats
             if not all(flat.stays for flat in flats):
-                self._hooks.append(UnitHooks(flats, stays=unit.module is module))
-                self._hooks[-1].attach(unit.module)
+                self._gatherer.add(flats, unit.module, stays=unit.module is module)
         if self.world_size > 1:
             dist.barrier(group=group)  # every shard is in its place
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
-        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
+        self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self.replicate_group)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
+        self._gatherer.finish()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -98,12 +106,15 @@ class Zero(nn.Module):
                 flat.check()
         if self.param_dtype is not None:
             args, kwargs = pytree.tree_map(self._cast, (args, kwargs))
-        output = self.module(*args, **kwargs)
+        with self._gatherer.passing():
+            output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._reducer.sync = self.require_backward_grad_sync
             for leaf in pytree.tree_leaves(output):
-                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and self._reducer.sync:
-                    self._reducer.begin_at(leaf)
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                    self._gatherer.watch(leaf)
+                    if self._reducer.sync:
+                        self._reducer.begin_at(leaf)
         return output
 
     def _cast(self, value: Any) -> Any:
@@ -122,21 +133,14 @@ class Zero(nn.Module):
     def full_params(self) -> Iterator[None]:
         """Within the block every parameter is whole on every rank; what the block changes in place, on every rank
         alike, is kept. Collective."""
-        for flat in self._flats:
-            flat.gather()
-        yield
+        with self._gatherer.keeping():
+            yield
         if self.world_size > 1:
             dist.barrier(group=self.group)
         with torch.no_grad():
             for flat in self._flats:
                 flat.keep()
-        self._free()
-
-    def _free(self, unit: str | None = None) -> None:
-        """Of that unit, or of all."""
-        for hooks in self._hooks:
-            if unit is None or (hooks.flats[0].unit == unit and not hooks.stays):
-                hooks.free()
+        self._gatherer.finish()
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{name of a parameter that got one: the mean gradient over the ranks}, on every rank. Collective."""
@@ -152,19 +156,26 @@ class Zero(nn.Module):
 
     def _broadcast_state(self) -> None:
         tensors = [t.detach() for t in (*self.module.parameters(), *self.module.buffers())]
-        if self.world_size > 1 and tensors:
-            dist._broadcast_coalesced(self.group, tensors, BROADCAST_BYTES, 0)
+        for group in (self.replicate_group, self.group):  # to rank 0 of every sharding group, and on from there
+            if group is not None and dist.get_world_size(group) > 1 and tensors:
+                dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
 
 
 def _flats(
-    unit: Unit, group: dist.ProcessGroup, trainable: set[int], stays: bool, dtype: torch.dtype | None
+    unit: Unit,
+    group: dist.ProcessGroup,
+    trainable: set[int],
+    stays: bool,
+    dtype: torch.dtype | None,
+    hosts: Hosts | None,
 ) -> Iterator[FlatParameters]:
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in zip(unit.names, unit.parameters, strict=True):
         kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
     for (given, _, _), named in kinds.items():
         names, parameters = zip(*named, strict=True)
-        yield FlatParameters(unit.name, names, parameters, group, stays, dtype if given.is_floating_point else None)
+        wanted = dtype if given.is_floating_point else None
+        yield FlatParameters(unit.name, names, parameters, group, stays, wanted, hosts)
 
 
 def _optimizer_of(

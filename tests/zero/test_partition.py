@@ -16,7 +16,8 @@ def test_layouts(world, item):
         assert len(layout.offsets) == len(sizes) and layout.world_size == world
         assert all(offset * item % 64 == 0 for offset in layout.offsets), "cache lines"
         assert all(bound * item % 4096 == 0 for bound in layout.bounds), "pages"
-        assert max(layout.shard_sizes()) - min(layout.shard_sizes()) <= 4096 // item
+        assert len(set(layout.shard_sizes())) == 1, "gathered without a copy"
+        assert layout.numel * item <= sum(-(-s * item // 64) * 64 for s in sizes) + 4096 * world
         owner = torch.full((layout.numel,), -1)
         for rank in range(world):
             begin, end = layout.shard(rank)
