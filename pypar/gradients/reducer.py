@@ -257,6 +257,7 @@ class Reducer:
 
     # -- what can go wrong -----------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def check_idle(self) -> None:
         """Called before a forward pass: the backward before it must have come to its end, on the same parameters."""
         for slot in self.slots:

@@ -162,6 +162,7 @@ class FlatParameters:
         if self.master is not self.own:  # what did not change keeps the digits that a half type lacks
             self.master.copy_(torch.where(mine == self.master.to(self.dtype), self.master, mine.float()))
 
+    @torch.compiler.disable
     def check(self) -> None:
         """The parameters are still where they were put. Raises RuntimeError."""
         home = self.full.untyped_storage()._cdata

@@ -56,6 +56,7 @@ class Gatherer:
 
     def __init__(self, settle: Callable[[], None] | None = None):
         self.units: list[GatheredUnit] = []
+        self.whole: dict[GatheredUnit, None] = {}  # or on their way, in the order in which they were started
         self.active: list[GatheredUnit] = []  # whose forward runs, outermost first
         self.forward: Order[GatheredUnit] = Order()
         self.backward: Order[GatheredUnit] = Order()
@@ -95,6 +96,7 @@ class Gatherer:
         if not torch.is_grad_enabled():
             self.finish()
 
+    @torch.compiler.disable
     def watch(self, output: torch.Tensor) -> None:
         """A backward through `output`, which the whole module returned, is seen to its end."""
         if self.units:
@@ -133,12 +135,13 @@ class Gatherer:
         if self._keeps or self._differentiates_twice:
             return
         for unit in self.units:
-            unit.free()
+            self._let_go(unit)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Everything is whole within the block."""
         for unit in self.units:
+            self.whole[unit] = None
             unit.gather()
         self._keeps += 1
         try:
@@ -154,14 +157,21 @@ class Gatherer:
             order.follow(unit)
         if not (self._keeps or self._differentiates_twice):
             kept = {unit, order.next, *self.active, *unit.around}
-            for other in self.units:
+            for other in list(self.whole):
                 # In backward, a unit whose turn was before is done: autograd runs the nodes of later forwards first.
                 if not (other in kept or other.stays or other.pinned):
-                    other.free()
+                    self._let_go(other)
+        self.whole[unit] = None
         unit.gather()
         if order.next is not None:
+            self.whole[order.next] = None
             order.next.start()
 
+    def _let_go(self, unit: GatheredUnit) -> None:
+        unit.free()
+        self.whole.pop(unit, None)
+
+    @torch.compiler.disable
     def enter(self, unit: GatheredUnit, _args: Any) -> None:
         unit.around.update(other for other in self.active if other is not unit)
         self.active.append(unit)
@@ -171,6 +181,7 @@ class Gatherer:
         else:
             self.need(unit, self.forward)
 
+    @torch.compiler.disable
     def leave(self, unit: GatheredUnit, args: Any, output: Any) -> None:
         if not self.active or self.active[-1] is not unit:
             return  # it raised before it was entered
@@ -187,7 +198,7 @@ class Gatherer:
             unit.pinned = unit.is_trained or any(x.requires_grad for x in _tensors(args))
         ends = needs_backward and (unit.stays or (bool(self.forward.last) and self.forward.next is None))
         if not (ends or unit.pinned or self.forward.next is unit or unit in self.active):
-            unit.free()
+            self._let_go(unit)
 
     def _enter_backward(self, unit: GatheredUnit) -> None:
         self._reach_backward()

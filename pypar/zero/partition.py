@@ -69,8 +69,8 @@ class Layout:
 
 
 def lay_out(sizes: Sequence[int], world_size: int, item_bytes: int, shard_bytes: int = PAGE_BYTES) -> Layout:
-    """Every parameter begins on a cache line; shards are equal, in whole blocks of shard_bytes, so that they are gathered
-    without a copy; the last ones may be padding."""
+    """Every parameter begins on a cache line; shards are equal, in whole blocks of shard_bytes, so that they are
+    gathered without a copy; the last ones may be padding."""
     align = math.lcm(CACHE_LINE_BYTES, item_bytes) // item_bytes
     block = math.lcm(shard_bytes, item_bytes) // item_bytes
     offsets, at = [], 0

@@ -92,7 +92,7 @@ class ShardReducer(Reducer):
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.bucket = bucket  # type: ignore[assignment]
-                slot.view = slot.param.detach().new_empty(0)
+                slot.view = torch.empty(0, dtype=bucket.parameters.dtype, device=bucket.parameters.device)
         if self.keeps_full:
             for bucket in self.buckets:
                 bucket.take(self._memory(bucket.parameters, bucket.parameters.layout.numel))

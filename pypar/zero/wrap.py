@@ -99,6 +99,7 @@ class Zero(nn.Module):
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
         self._gatherer.finish()
 
+    @torch.compiler.disable(recursive=False)  # what is inside compiles
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self._reducer.check_idle()

@@ -84,12 +84,13 @@ def test_a_parameter_is_itself_again():
         parameter = kind(torch.ones(3))
         parameter.grad = torch.full((3,), 2.0)
         parameter.mark = "kept"
-        fired = []
+        fired, node = [], torch.autograd.graph.get_gradient_edge(parameter).node
         parameter.register_hook(lambda g, fired=fired: fired.append(g) and None)
         freed.free(parameter, "a")
         freed.free(parameter, "a")
         assert torch.equal(parameter.grad, torch.full((3,), 2.0)) and parameter.mark == "kept"
         parameter.grad = None
+        assert torch.autograd.graph.get_gradient_edge(parameter).node is node
         parameter.requires_grad_(False).requires_grad_(True)
         values = torch.arange(3.0)
         freed.restore(parameter, values)

@@ -61,6 +61,8 @@ def test_units():
     assert names(units_of(model, lambda m: m is model.layers[0])).keys() == {"", "layers.0"}
     every = [n for unit in units_of(model, [nn.Sequential, nn.Linear]) for n in unit.names]
     assert sorted(every) == sorted(n for n, _ in model.named_parameters())
+    in_a_row = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert names(units_of(in_a_row)).keys() == {"0", "2"}
     with pytest.raises(ValueError, match="no module of Model is 'Conv2d'"):
         units_of(model, ["Conv2d"])
     with pytest.raises(ValueError, match="units='block'"):

@@ -318,6 +318,28 @@ def test_several_passes():
     run_ranks(check_several_passes, 2, backend="gloo")
 
 
+def check_compiled(rank, world):
+    """The wrapper, or the units by themselves."""
+    _, wanted, _ = train(rank, world, "plain")
+    for inner in (True, False):
+        model = sharded(Stack(), "plain")
+        if inner:
+            for block in model.module.blocks:
+                block.compile(backend="eager")
+        compiled = model if inner else torch.compile(model, backend="eager")
+        for number in range(STEPS):
+            model.optimizer.zero_grad()
+            compiled(data(rank, number)).square().mean().backward()
+            model.optimizer.step()
+        with model.full_params():
+            for name, weight in model.module.state_dict().items():
+                torch.testing.assert_close(weight, wanted[name], **CLOSE)
+
+
+def test_compiled():
+    run_ranks(check_compiled, 2, backend="gloo")
+
+
 def test_order():
     order = Order()
     a, b, c, d = "abcd"
