@@ -1,7 +1,8 @@
 """The benches of ZeRO's ops: gradients to shards, and a whole step from gradients to published parameters.
 
 A case is named by the bytes of the full gradients, float32. zero_scatter: against all_reduce over gloo and
-reduce_scatter through torch.distributed. zero_step: reduce, AdamW on the own shard, parameters to everybody; torch's
+reduce_scatter through torch.distributed. zero_gather: against all_gather over gloo and through torch.distributed, into
+symmetric memory. zero_step: reduce, AdamW on the own shard, parameters to everybody; torch's
 fused AdamW between gloo's collectives, the same over pypar, and pypar's ops on parameters that exist once.
 "one rank's share" is the compute alone. bench_<op>.py are doors to main() here.
 """
@@ -73,6 +74,19 @@ class ZeroRank(Rank):
 
         if case.op == "zero_scatter":
             return scatter, lambda: shard
+        if case.op == "zero_gather":
+            own = self.grads[self.rank][mine].clone()
+            whole = full.zero_()
+
+            def gather() -> None:
+                if variant == "one rank's share":
+                    whole[mine].copy_(own)
+                elif fused:
+                    self.ops.zero_gather(whole, own, [part] * self.world, group)
+                else:
+                    dist.all_gather_single(whole, own, group=group)
+
+            return gather, lambda: whole
         start = torch.full((n,), 0.5)
         if fused:
             params = self.symmetric.contiguous([part] * self.world, torch.float32, group)
@@ -107,6 +121,10 @@ class ZeroRank(Rank):
             return ""
         n = case.nbytes // 4 // (1024 * self.world) * 1024 * self.world
         part = n // self.world
+        if case.op == "zero_gather":
+            parts = [g[r * part : (r + 1) * part] for r, g in enumerate(self.grads)]
+            same = torch.equal(result(), torch.cat(parts))
+            return "" if same else f"rank {self.rank}: zero_gather is wrong"
         want = sum(g[:n].double() for g in self.grads) / self.world
         if case.op == "zero_scatter":
             want = want[self.rank * part : (self.rank + 1) * part]

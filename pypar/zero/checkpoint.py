@@ -181,7 +181,11 @@ def _sharded(flat: FlatParameters, shard: torch.Tensor) -> dict[str, torch.Tenso
 
 def save_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
     """See Zero.save_sharded."""
-    dcp.save(sharded_state_dict(zero), checkpoint_id=folder, process_group=zero.group)
+    replicas = zero.replicate_group
+    if replicas is None or dist.get_rank(replicas) == 0:
+        dcp.save(sharded_state_dict(zero), checkpoint_id=folder, process_group=zero.group)
+    if replicas is not None:
+        dist.barrier(group=replicas)
 
 
 @torch.no_grad()
@@ -292,4 +296,4 @@ def _settle(zero: Zero) -> None:
     _barrier(zero)
     for flat in zero._flats:
         flat.publish()
-    zero._free()
+    zero._gatherer.finish()

@@ -69,16 +69,16 @@ class Layout:
 
 
 def lay_out(sizes: Sequence[int], world_size: int, item_bytes: int, shard_bytes: int = PAGE_BYTES) -> Layout:
-    """Every parameter begins on a cache line; shards are whole blocks of shard_bytes, as equal as they go, the first
-    ranks one more."""
+    """Every parameter begins on a cache line; shards are equal, in whole blocks of shard_bytes, so that they are
+    gathered without a copy; the last ones may be padding."""
     align = math.lcm(CACHE_LINE_BYTES, item_bytes) // item_bytes
     block = math.lcm(shard_bytes, item_bytes) // item_bytes
     offsets, at = [], 0
     for size in sizes:
         offsets.append(at)
         at += -(-size // align) * align
-    base, more = divmod(-(-at // block), world_size)
-    bounds = [(r * base + min(r, more)) * block for r in range(world_size + 1)]
+    size = -(-at // (block * world_size)) * block
+    bounds = [r * size for r in range(world_size + 1)]
     return Layout(tuple(offsets), tuple(sizes), tuple(bounds))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class UnitBucket:
         self.shard = torch.zeros(end - begin, dtype=torch.float32 if self.is_wide else flat.dtype, device=flat.device)
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
-        self.sum: torch.Tensor | None = None  # on its way
+        self.sum: torch.Tensor | None = None  # on its way: of the full gradients, or of the replicas' shards
+        self.sums_shard = False
         self.adds = False  # to what the shard holds
 
     def index(self) -> int:
@@ -55,13 +56,13 @@ class UnitBucket:
         assert memory is not None
         for slot in self.slots:
             slot.param.grad = None
-            slot.view, slot.ptr = slot.param.detach().new_empty(0), 0
+            slot.view, slot.ptr = memory[:0], 0
         return memory
 
 
 class ShardReducer(Reducer):
     """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward.
-    passed(unit): called when backward has made all gradients of a unit; with None, at its end."""
+    replicas: the ranks that hold the same shards as this one, if there are others."""
 
     what = "pypar.Zero"
     buckets: list[UnitBucket]  # type: ignore[assignment]
@@ -72,9 +73,10 @@ class ShardReducer(Reducer):
         group: dist.ProcessGroup,
         keeps_full: bool,
         find_unused: bool,
-        passed: Callable[[str | None], None],
+        replicas: dist.ProcessGroup | None = None,
     ):
-        self.flats, self.keeps_full, self.passed = list(flats), keeps_full, passed
+        self.flats, self.keeps_full, self.replicas = list(flats), keeps_full, replicas
+        self.num_ranks = dist.get_world_size(group) * (1 if replicas is None else dist.get_world_size(replicas))
         self.memories: dict[torch.dtype, list[torch.Tensor]] = {}
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
@@ -90,7 +92,7 @@ class ShardReducer(Reducer):
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.bucket = bucket  # type: ignore[assignment]
-                slot.view = slot.param.detach().new_empty(0)
+                slot.view = torch.empty(0, dtype=bucket.parameters.dtype, device=bucket.parameters.device)
         if self.keeps_full:
             for bucket in self.buckets:
                 bucket.take(self._memory(bucket.parameters, bucket.parameters.layout.numel))
@@ -137,14 +139,23 @@ class ShardReducer(Reducer):
 
     def launch(self, bucket: Any) -> None:
         flat, tensor = bucket.parameters, bucket.flat
-        self.passed(flat.unit)
         adds = bucket.has_shard and not self.keeps_full
         if bucket.is_wide and flat.device.type == "cpu":
-            sizes, scale = flat.layout.shard_sizes(), 1 / self.world_size
-            bucket.squares = ops.zero_scatter(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
+            part = bucket.shard if self.replicas is None else torch.empty_like(bucket.shard)
+            bucket.squares = ops.zero_scatter(
+                part,
+                tensor,
+                flat.layout.shard_sizes(),
+                self.group,
+                scale=1 / self.num_ranks,
+                accumulate=adds and self.replicas is None,
+            )
             self.done(bucket)
+            if self.replicas is not None:
+                bucket.adds, bucket.sum, bucket.sums_shard = adds, part, True
+                bucket.work = dist.all_reduce(part, group=self.replicas, async_op=True)
             return
-        bucket.adds, bucket.sum = adds, tensor.clone()  # this rank's own stay what they are
+        bucket.adds, bucket.sum, bucket.sums_shard = adds, tensor.clone(), False  # this rank's own stay what they are
         bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
 
     def wait(self, bucket: Any) -> None:
@@ -154,17 +165,22 @@ class ShardReducer(Reducer):
             return
         try:
             work.wait()
+            if not bucket.sums_shard:
+                begin, end = bucket.parameters.layout.shard(self.rank)
+                total = total[begin:end]
+                if self.replicas is not None:
+                    dist.all_reduce(total, group=self.replicas)
+                total.div_(self.num_ranks)
         except Exception as error:
             error.add_note(
                 f"pypar.Zero, rank {self.rank} of {self.world_size}: reducing the gradients of {bucket.label}, "
                 f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
             )
             raise
-        begin, end = bucket.parameters.layout.shard(self.rank)
-        mean = total[begin:end].div_(self.world_size)
-        bucket.shard.copy_(bucket.shard + mean if bucket.adds else mean)
+        bucket.shard.copy_(bucket.shard + total if bucket.adds else total)
         bucket.squares = None
-        self.done(bucket)
+        if not bucket.sums_shard:
+            self.done(bucket)
 
     def done(self, bucket: UnitBucket) -> None:
         """Its shard is there; the memory of its full gradients can go."""
@@ -174,9 +190,10 @@ class ShardReducer(Reducer):
             if memory.data_ptr() in self.pooled:
                 self.memories[bucket.parameters.dtype].append(memory)
 
-    def reset(self) -> None:
-        super().reset()
-        self.passed(None)
+    def add_up(self, counts: torch.Tensor) -> None:
+        super().add_up(counts)
+        if self.replicas is not None:
+            dist.all_reduce(counts, group=self.replicas)
 
     def reduce_and_learn(self, joined: bool = False) -> None:
         super().reduce_and_learn(joined=joined or not self.keeps_full)

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from pypar.zero import checkpoint
 from pypar.zero.flat import FlatParameters
-from pypar.zero.gather import UnitHooks
+from pypar.zero.freed import free, restore
+from pypar.zero.gather import Gatherer
 from pypar.zero.guards import Watch, check_module, refuse_state_dicts
+from pypar.zero.hosts import Hosts
 from pypar.zero.materialize import RESET, Init, Materializer, needs_memory
 from pypar.zero.offload import Offload
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
+from pypar.zero.replicas import groups_of
 from pypar.zero.units import Rule, Unit, units_of
 
 BROADCAST_BYTES = 250 * 2**20
@@ -36,10 +40,17 @@ class Zero(nn.Module):
     stage 3   and of the parameters
 
     Where the ranks share memory (one host, process group "pypar"), the parameters exist once for all of them at every
-    stage, so that nothing is gathered, and stage 3 is stage 2.
+    stage, so that nothing is gathered, and stage 3 is stage 2. Between hosts a unit is gathered before it computes,
+    while the unit before it does, and freed after: at most two are whole at a time, besides the parameters outside of
+    any unit. The ranks of a host share one copy, and each brings a part of it, where "pypar" serves the group and hosts
+    have equal numbers of ranks. Parameters that are not whole have no values: what needs them raises RuntimeError.
 
     module      the full model; rank 0's values count
-    group       the ranks; default all
+    group       the ranks; default all. Or a DeviceMesh of two dims, (replicate, shard), for hybrid sharding: see there
+    replicate_group
+                hybrid sharding: the ranks that hold the same shards as this one, one of every sharding group. They add
+                their gradients after those were reduced to shards, so that between hosts (replicate) travel 1/N of the
+                gradients, N ranks to a host (shard), and no parameters
     optimizer   a class of torch.optim that works element by element, whose settings are the further keyword arguments;
                 or an optimizer over the module's parameters, whose class, groups, settings and state are taken over
     param_dtype torch.bfloat16 or float16: parameters, activations and full gradients are of that type, while gradients
@@ -63,9 +74,10 @@ class Zero(nn.Module):
     def __init__(
         self,
         module: nn.Module,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
         *,
         stage: int = 3,
+        replicate_group: dist.ProcessGroup | None = None,
         optimizer: type[torch.optim.Optimizer] | torch.optim.Optimizer = torch.optim.AdamW,
         units: Rule = "auto",
         init: Init | None = None,
@@ -81,36 +93,35 @@ class Zero(nn.Module):
             raise ValueError(f"pypar.Zero: stage={stage!r}; there are 1 (optimizer), 2 (gradients), 3 (parameters)")
         if param_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"pypar.Zero: param_dtype={param_dtype}; give torch.bfloat16, float16, float32 or None")
-        if group is None:
-            if not dist.is_initialized():
-                raise ValueError("pypar.Zero: no process group; call pypar.init() first, or pass group=")
-            group = dist.group.WORLD
-        assert group is not None
+        group, self.replicate_group = groups_of(group, replicate_group)
         self.module, self.group, self.stage, self.param_dtype = module, group, stage, param_dtype
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.require_backward_grad_sync = True
         make, groups, defaults = _optimizer_of(module, optimizer, settings)
         check_module(module, groups, group)
         trainable = {id(p) for each in groups for p in each["params"]}
-        self._hooks: list[UnitHooks] = []
+        hosts = Hosts.of(group)
+        self._gatherer = Gatherer(hosts.settle if hosts is not None else None)
         found, was_meta = units_of(module, units), needs_memory(module)
         flats_of: dict[int, list[FlatParameters]] = {}
         for unit in self._units_with_values(found, was_meta, init):
-            flats = list(_flats(unit, group, trainable, stage < 3, param_dtype))
+            flats = list(_flats(unit, group, trainable, stage < 3, param_dtype, hosts))
             flats_of[id(unit)] = flats
-            if not all(flat.stays for flat in flats):
-                self._hooks.append(UnitHooks(flats, stays=unit.module is module))
-                self._hooks[-1].attach(unit.module)
-                refuse_state_dicts(unit.module, flats)
             if was_meta:
                 for flat in flats:
                     flat.free()
+                if hosts is not None:
+                    hosts.settle()
         if self.world_size > 1:
             dist.barrier(group=group)  # every shard is in its place
         self._flats = [flat for unit in found for flat in flats_of[id(unit)]]
+        for unit in found:
+            if not all(flat.stays for flat in flats_of[id(unit)]):
+                self._gatherer.add(flats_of[id(unit)], unit.module, stays=unit.module is module)
+                refuse_state_dicts(unit.module, flats_of[id(unit)])
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         with _shapes_of_freed(trained):
-            self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self._free)
+            self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self.replicate_group)
         self._watch = Watch(module, self.rank)
         file = None if offload is None else Offload(offload, offload_ratio, offload_keep, group)
         if file is not None:
@@ -119,6 +130,7 @@ class Zero(nn.Module):
         if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
             names = {id(p): n for flat in trained for n, p in zip(flat.names, flat.parameters, strict=True)}
             self.optimizer.load_full_state({names[id(p)]: _tensors(s) for p, s in optimizer.state.items()})
+        self._gatherer.finish()
 
     @torch.compiler.disable(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,12 +141,15 @@ class Zero(nn.Module):
                 flat.check()
         if self.param_dtype is not None:
             args, kwargs = pytree.tree_map(self._cast, (args, kwargs))
-        output = self.module(*args, **kwargs)
+        with self._gatherer.passing():
+            output = self.module(*args, **kwargs)
         if torch.is_grad_enabled():
             self._reducer.sync = self.require_backward_grad_sync
             for leaf in pytree.tree_leaves(output):
-                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and self._reducer.sync:
-                    self._reducer.begin_at(leaf)
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None:
+                    self._gatherer.watch(leaf)
+                    if self._reducer.sync:
+                        self._reducer.begin_at(leaf)
         return output
 
     def _cast(self, value: Any) -> Any:
@@ -153,21 +168,14 @@ class Zero(nn.Module):
     def full_params(self) -> Iterator[None]:
         """Within the block every parameter is whole on every rank; what the block changes in place, on every rank
         alike, is kept. Collective."""
-        for flat in self._flats:
-            flat.gather()
-        yield
+        with self._gatherer.keeping():
+            yield
         if self.world_size > 1:
             dist.barrier(group=self.group)
         with torch.no_grad():
             for flat in self._flats:
                 flat.keep()
-        self._free()
-
-    def _free(self, unit: str | None = None) -> None:
-        """Of that unit, or of all."""
-        for hooks in self._hooks:
-            if unit is None or (hooks.flats[0].unit == unit and not hooks.stays):
-                hooks.free()
+        self._gatherer.finish()
 
     def full_state_dict(self, dst: int | None = None) -> dict[str, Any]:
         """{"model": as the plain module's state_dict, "optimizer": {"state": {name: {key: tensor}}, "param_groups"}} of
@@ -233,19 +241,25 @@ class Zero(nn.Module):
                 dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
 
     def _groups(self) -> list[dist.ProcessGroup]:
-        """In which rank 0's values go to every rank, one after the other."""
-        return [self.group] if self.world_size > 1 else []
+        """In which rank 0's values go to every rank: to rank 0 of every sharding group, and on from there."""
+        return [g for g in (self.replicate_group, self.group) if g is not None and dist.get_world_size(g) > 1]
 
 
 def _flats(
-    unit: Unit, group: dist.ProcessGroup, trainable: set[int], stays: bool, dtype: torch.dtype | None
+    unit: Unit,
+    group: dist.ProcessGroup,
+    trainable: set[int],
+    stays: bool,
+    dtype: torch.dtype | None,
+    hosts: Hosts | None,
 ) -> Iterator[FlatParameters]:
     kinds: dict[tuple[torch.dtype, torch.device, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in zip(unit.names, unit.parameters, strict=True):
         kinds.setdefault((parameter.dtype, parameter.device, id(parameter) in trainable), []).append((name, parameter))
     for (given, _, _), named in kinds.items():
         names, parameters = zip(*named, strict=True)
-        yield FlatParameters(unit.name, names, parameters, group, stays, dtype if given.is_floating_point else None)
+        wanted = dtype if given.is_floating_point else None
+        yield FlatParameters(unit.name, names, parameters, group, stays, wanted, hosts)
 
 
 @contextmanager
@@ -254,11 +268,11 @@ def _shapes_of_freed(flats: list[FlatParameters]) -> Iterator[None]:
     freed = [flat for flat in flats if not flat.is_full]
     for flat in freed:
         for parameter, shape in zip(flat.parameters, flat.shapes, strict=True):
-            parameter.data = parameter.data.new_empty(()).expand(shape)
+            restore(parameter, torch.zeros((), dtype=flat.dtype, device=flat.device).expand(shape))
     yield
     for flat in freed:
-        for parameter in flat.parameters:
-            parameter.data = parameter.data.new_empty(0)
+        for name, parameter in zip(flat.names, flat.parameters, strict=True):
+            free(parameter, name)
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
