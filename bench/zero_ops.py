@@ -1,10 +1,11 @@
 """The benches of ZeRO's ops: gradients to shards, and a whole step from gradients to published parameters.
 
 A case is named by the bytes of the full gradients, float32. zero_scatter: against all_reduce over gloo and
-reduce_scatter through torch.distributed. zero_step: reduce, clip by the norm over all ranks, AdamW on the own shard,
-parameters to everybody; torch's fused AdamW between gloo's collectives, the same over pypar, and pypar's ops on
-parameters that exist once. "one rank's share" is the compute alone. "bytes of zero_step": as many bytes as it must
-move, moved by scaling a tensor in place, half of them read and half written. bench_<op>.py are doors to main() here.
+reduce_scatter through torch.distributed. zero_gather: against all_gather over gloo and through torch.distributed, into
+symmetric memory. zero_step: reduce, clip by the norm over all ranks, AdamW on the own shard, parameters to everybody;
+torch's fused AdamW between gloo's collectives, the same over pypar, and pypar's ops on parameters that exist once. "one
+rank's share" is the compute alone. "bytes of zero_step": as many bytes as it must move, moved by scaling a tensor in
+place, half of them read and half written. bench_<op>.py are doors to main() here.
 """
 
 from __future__ import annotations
@@ -86,6 +87,19 @@ class ZeroRank(Rank):
 
         if case.op == "zero_scatter":
             return scatter, lambda: shard
+        if case.op == "zero_gather":
+            own = self.gradients(self.rank, n)[mine].clone()
+            whole = full.zero_()
+
+            def gather() -> None:
+                if variant == "one rank's share":
+                    whole[mine].copy_(own)
+                elif variant == "pypar":
+                    self.ops.zero_gather(whole, own, [part] * self.world, group)
+                else:
+                    dist.all_gather_single(whole, own, group=group)
+
+            return gather, lambda: whole
         if variant == "pypar":
             params = self.symmetric.contiguous([part] * self.world, torch.float32, group)
             params[mine] = 0.5
@@ -129,6 +143,10 @@ class ZeroRank(Rank):
         self.barrier()
         n = self.numel(case.nbytes)
         part = n // self.world
+        if case.op == "zero_gather":
+            parts = [self.gradients(r, n)[r * part : (r + 1) * part] for r in range(self.world)]
+            same = torch.equal(result(), torch.cat(parts).float())
+            return "" if same else f"rank {self.rank}: zero_gather is wrong"
         want = self.gradients(0, n)
         for rank in range(1, self.world):
             want += self.gradients(rank, n)

@@ -145,8 +145,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     pypar::set_inner_factory([kept](const pypar::InnerRequest& request) { return make_inner(*kept, request); });
   });
   m.def("set_stalls", &set_stalls, py::arg("seed"), py::arg("most_us"), "for pypar.testing.stalls");
-  m.def("contiguous_shards", &pypar::contiguous_shards, py::arg("group_name"), py::arg("shard_bytes"),
+  m.def("contiguous_parts", &pypar::contiguous_parts, py::arg("group_name"), py::arg("owners"), py::arg("bytes"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("give_back_pages", &pypar::give_back_pages, py::call_guard<py::gil_scoped_release>());
   m.def("build_info", &build_info);
   m.def("cpu_capability", &pypar::cpu_capability);
   m.def("copy_method", &pypar::copy_method);

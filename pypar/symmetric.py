@@ -17,13 +17,18 @@ def backend_name(group: dist.ProcessGroup, device: torch.device | str = "cpu") -
     return served.get(torch.device(device).type, "")
 
 
+def hosts_of(group: dist.ProcessGroup, device: torch.device | str = "cpu") -> list[list[int]] | None:
+    """The ranks of the group, host by host; None where pypar doesn't serve the group, which then can't tell."""
+    if torch.device(device).type != "cpu" or not backend.available() or backend_name(group) != "pypar":
+        return None
+    served_by: Any = group._get_backend(torch.device("cpu"))
+    return getattr(served_by, "wrapped_pg", served_by).hosts  # wrapped under TORCH_DISTRIBUTED_DEBUG=DETAIL
+
+
 def shares_memory(group: dist.ProcessGroup, device: torch.device | str = "cpu") -> bool:
     """Whether all ranks of the group can map each other's memory: they are on one host, and pypar serves the group."""
-    if torch.device(device).type != "cpu" or not backend.available() or backend_name(group) != "pypar":
-        return False
-    served_by: Any = group._get_backend(torch.device("cpu"))
-    served_by = getattr(served_by, "wrapped_pg", served_by)  # under TORCH_DISTRIBUTED_DEBUG=DETAIL
-    return not served_by.spans_hosts
+    hosts = hosts_of(group, device)
+    return hosts is not None and len(hosts) == 1
 
 
 def contiguous(shard_sizes: list[int], dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
@@ -33,10 +38,23 @@ def contiguous(shard_sizes: list[int], dtype: torch.dtype, group: dist.ProcessGr
     A collective call of ranks that share memory (shares_memory); shards are whole pages of 4096 bytes, the same list on
     every rank. Who writes where, and when, is up to the ranks. Raises ValueError for sizes that aren't whole pages.
     """
-    item = dtype.itemsize
+    return contiguous_parts(list(range(len(shard_sizes))), shard_sizes, dtype, group)
+
+
+def contiguous_parts(owners: list[int], sizes: list[int], dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
+    """The same, [sum(sizes)], of parts: part i is memory that rank owners[i] gives."""
     extension = backend.extension
     assert extension is not None
-    return extension.contiguous_shards(group.group_name, [size * item for size in shard_sizes]).view(dtype)
+    parts = extension.contiguous_parts(group.group_name, owners, [size * dtype.itemsize for size in sizes])
+    return parts.view(dtype)
+
+
+def give_back(part: torch.Tensor) -> None:
+    """Gives the memory of whole pages of such a tensor back to the host, for every rank: they hold zeros until somebody
+    writes there. Nobody may use them at the time."""
+    extension = backend.extension
+    assert extension is not None
+    extension.give_back_pages(part)
 
 
 def empty(numel: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -199,8 +199,7 @@ class Reducer:
         if self.find_unused or (self.learning and self.static_graph):
             used = torch.tensor([int(slot.used) for slot in self.slots], dtype=torch.int32)
             used = used.to(self.slots[0].param.device)
-            if self.world_size > 1:
-                dist.all_reduce(used, group=self.group)
+            self.add_up(used)
         for bucket in self.buckets:
             self.wait(bucket)
         used_anywhere = [True] * len(self.slots) if used is None else used.bool().tolist()
@@ -211,6 +210,11 @@ class Reducer:
                     slot.param.grad = slot.view
         if self.learning:
             self.learn(used_anywhere)
+
+    def add_up(self, counts: torch.Tensor) -> None:
+        """Over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(counts, group=self.group)
 
     def learn(self, used_anywhere: Sequence[bool]) -> None:
         """Orders the buckets by the readiness that rank 0 saw; a static graph also leaves out what no rank used."""
@@ -253,6 +257,7 @@ class Reducer:
 
     # -- what can go wrong -----------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def check_idle(self) -> None:
         """Called before a forward pass: the backward before it must have come to its end, on the same parameters."""
         for slot in self.slots:

@@ -12,6 +12,7 @@ from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
 from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
+from pypar.ops.zero_gather import zero_gather
 from pypar.ops.zero_scatter import zero_scatter
 from pypar.ops.zero_step import zero_step
 
@@ -32,6 +33,7 @@ __all__ = [
     "matmul_reduce_scatter",
     "reduce_scatter",
     "vocab_cross_entropy",
+    "zero_gather",
     "zero_scatter",
     "zero_step",
 ]

@@ -1,6 +1,6 @@
 """Tensor parallel: the ranks of a group hold a part of each large weight and compute a part of each layer."""
 
-from pypar.tensor_parallel.clip import clip_grad_norm_
+from pypar.tensor_parallel.clip import clip_grad_norm_, counted_elements
 from pypar.tensor_parallel.embedding import VocabParallelEmbedding
 from pypar.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from pypar.tensor_parallel.lora import cut_adapters
@@ -20,6 +20,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "check_plan",
     "clip_grad_norm_",
+    "counted_elements",
     "cut_adapters",
     "gather_full_grads",
     "gather_full_optimizer_state",

@@ -50,6 +50,26 @@ def clip_grad_norm_(
     return norm
 
 
+def counted_elements(module: nn.Module) -> dict[str, bool | torch.Tensor]:
+    """{name of a parameter: whether this rank counts its gradient in a norm over the ranks, or a mask of its elements
+    where it counts some of them}: every element of the full model is counted on one rank.
+
+    For a norm that is not taken from param.grad, say over ZeRO's shards. module: as pypar.tensor_parallel left it.
+    """
+    shards = {id(m._parameters[name]): shard for m in module.modules() for name, shard in shards_of(m).items()}
+    rank = next((shard.place.rank for shard in shards.values()), 0)
+    counted: dict[str, bool | torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        shard = shards.get(id(parameter))
+        if shard is None or not shard.cut.has_copies():
+            counted[name] = shard is not None or rank == 0
+            continue
+        held = torch.tensor(shard.cut.first_held(rank), dtype=torch.int64, device=parameter.device)
+        mask = torch.zeros_like(parameter, dtype=torch.bool)
+        counted[name] = mask.index_fill_(shard.dim, held, True)
+    return counted
+
+
 def _counted(grad: torch.Tensor, shard: Shard | None, rank: int) -> torch.Tensor:
     """What this rank adds to the norm; every index of the full gradient is counted on one rank."""
     if shard is None:

@@ -16,6 +16,7 @@ examples:
   pypar train --dp 2 --data book.txt notes/ --steps 500
   pypar train --tp 2 --model llama-small              each rank holds half of the model
   pypar train --dp 2 --tp 2                           four ranks: two halves of the model, twice
+  pypar train --dp 2 --zero 3                         each rank keeps half of AdamW's moments, gradients and weights
   pypar train --resume                                go on with the newest run
   pypar train --model path/to/saved/model --data corpus/ --lr 1e-4
   torchrun --nproc-per-node 4 -m pypar train --tp 2   the ranks of torchrun: dp 2 x tp 2
@@ -76,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("ranks")
     _add(group, "dp", int, "data-parallel ranks, x --tp ranks to start here; leave it out under torchrun")
     _add(group, "tp", int, "tensor-parallel ranks that share each copy of the model, neighbours by rank")
+    _add(
+        group,
+        "zero",
+        int,
+        "the --dp ranks share out the optimizer's states (1), the gradients too (2), the parameters too (3)",
+        "STAGE",
+    )
     group.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,

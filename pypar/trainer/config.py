@@ -18,8 +18,8 @@ class TrainConfig:
     """Defaults: two CPU ranks with one thread each learn the standard library's sources in two or three minutes.
 
     batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
-    dp: copies of the model, which share the batch. tp: ranks that share one copy. Paths are absolute once `prepare` has
-    seen them; None stands for "decide for me".
+    dp: copies of the model, which share the batch. tp: ranks that share one copy. zero: the stage of ZeRO over
+    the dp ranks, 0 for none. Paths are absolute once `prepare` has seen them; None stands for "decide for me".
     """
 
     model: str = "llama-tiny"
@@ -44,6 +44,7 @@ class TrainConfig:
     seed: int = 0
     dp: int = 1
     tp: int = 1
+    zero: int = 0
     sequence_parallel: bool = True
     backend: str | None = None
     device: str = "auto"
@@ -98,6 +99,8 @@ def check(config: TrainConfig, max_ranks: int | None = None) -> None:
         _at_least(config, name, 1)
     for name in ("warmup", "eval_every", "eval_batches", "save_every", "sample_tokens", "seed"):
         _at_least(config, name, 0)
+    if config.zero not in (0, 1, 2, 3):
+        raise TrainError(f"--zero must be 1, 2 or 3, or 0 for none, got {config.zero}")
     if config.threads is not None:
         _at_least(config, "threads", 1)
     for name in ("lr", "eps", "temperature"):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pypar
-from pypar.tensor_parallel import clip_grad_norm_
 from pypar.trainer import cache, checkpoint, data, model, rng
+from pypar.trainer.clip import Clip
 from pypar.trainer.errors import TrainError
 from pypar.trainer.layout import Layout
 from pypar.trainer.loss import TokenLoss
@@ -23,7 +23,7 @@ from pypar.trainer.optimizer import learning_rate, make_optimizer
 from pypar.trainer.prepare import Job
 from pypar.trainer.progress import Progress
 from pypar.trainer.ranks import Ranks
-from pypar.trainer.state import Full, load_model, load_optimizer, save_model, save_optimizer
+from pypar.trainer.state import Full, load_model, load_optimizer, save_model, save_optimizer, unsharded
 
 
 class Trainer:
@@ -45,12 +45,16 @@ class Trainer:
         self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
         model.cut(self.module, self.layout, self.config.sequence_parallel)
         self.token_loss = TokenLoss(self.module, self.layout.tp_group)
-        self.optimizer = make_optimizer(self.module, self.config)
+        self.clip = Clip(self.module, self.layout)
+        self.optimizer: torch.optim.Optimizer = make_optimizer(self.module, self.config)
         # Every dp rank has its own dropout; the ranks of a tp group, which share activations, have the same.
         rng.seed_everything(self.config.seed, self.layout.dp_rank, self.layout.dp)
         if job.resume:
             ranks.agree(lambda: self._resume(Path(job.resume or "")))
-        self.parallel = model.wrap(self.module, self.layout)
+        self.parallel = model.wrap(self.module, self.layout, self.config.zero, self.optimizer)
+        self.zero = self.parallel if isinstance(self.parallel, pypar.Zero) else None
+        if self.zero is not None:
+            self.optimizer = self.zero.optimizer
 
     def _make_module(self) -> torch.nn.Module:
         """The full module, the same on every rank, on this rank's device."""
@@ -105,7 +109,7 @@ class Trainer:
                 (part_sum * scale).backward()
             loss_sum += part_sum.detach()
         loss = self._total(loss_sum) / (config.batch_size * config.seq_len)
-        norm = float(clip_grad_norm_(self.module, config.clip or math.inf))
+        norm = self.clip(self.zero, config.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             raise TrainError(
@@ -143,11 +147,16 @@ class Trainer:
         chosen = data.permutation(self.val_data.num_sequences, config.seed, 0)[:number]
         own = data.share(list(chosen), layout.dp_rank, layout.dp)
         size = config.micro_batch()
+        passes = math.ceil(math.ceil(number / layout.dp) / size)  # of the busiest rank
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         with progress.pause():
             self.module.eval()
-            for start in range(0, len(own), size):
-                loss_sum += self._loss_sum(self.module, self.val_data, own[start : start + size])
+            for part in range(passes):
+                mine = own[part * size : (part + 1) * size]
+                if mine:
+                    loss_sum += self._loss_sum(self.module, self.val_data, mine)
+                elif config.zero == 3:  # a forward pass may gather parameters from every rank: for company
+                    self._loss_sum(self.module, self.val_data, list(chosen[:1]))
             self.module.train()
             loss = self._total(loss_sum) / (number * config.seq_len)
         if metrics:
@@ -158,10 +167,8 @@ class Trainer:
         """The checkpoint of this step, written by rank 0. Collective; when it fails, every rank raises TrainError."""
         # The ranks of a tp group are in the same state: one of each dp rank.
         states = self.ranks.gather(rng.capture(self.ranks.device))[:: self.layout.tp]
-        full = Full(self.module, self.optimizer, self.layout.tp > 1) if self.layout.dp_rank == 0 else None
 
-        def fill(folder: Path) -> None:
-            assert full is not None
+        def fill(folder: Path, full: Full) -> None:
             save_model(full, self.job.model, folder)
             save_optimizer(full, folder)
             if self.config.tokenizer and self.config.tokenizer != "bytes":
@@ -183,12 +190,29 @@ class Trainer:
                 },
             )
 
-        self.ranks.first(lambda: str(checkpoint.write(self.run, self.step, fill, self.config.keep)))
+        def write(full: Full | None) -> str:
+            assert full is not None
+            return str(checkpoint.write(self.run, self.step, lambda folder: fill(folder, full), self.config.keep))
+
+        with self._full() as full:
+            self.ranks.first(lambda: write(full))
+
+    @contextmanager
+    def _full(self) -> Iterator[Full | None]:
+        """Within the block, on the ranks of the first copy of the model. Collective."""
+        is_first, is_cut = self.layout.dp_rank == 0, self.layout.tp > 1
+        if self.zero is None:
+            yield Full(self.module, self.optimizer, is_cut) if is_first else None
+            return
+        states = self.zero.optimizer.full_state(dst=0)
+        with self.zero.full_params():
+            yield Full(self.module, unsharded(self.module, states), is_cut) if is_first else None
 
     def _resume(self, path: Path) -> None:
         """All but the weights, which _make_module has loaded."""
         state = checkpoint.read_state(path)
-        load_optimizer(self.optimizer, self.module, path)
+        # ZeRO's wrapper copies its shards: until then the states may lie in the file.
+        load_optimizer(self.optimizer, self.module, path, borrow=self.config.zero > 0 and self.layout.tp == 1)
         self.step, self.position = state["step"], state["position"]
         layout = self.layout
         if len(state["rng"]) == layout.dp:

@@ -160,11 +160,22 @@ def cut(module: nn.Module, layout: Layout, sequence_parallel: bool) -> nn.Module
     )
 
 
-def wrap(module: nn.Module, layout: Layout) -> nn.Module:
-    """Data parallel: gradients are averaged over the dp group in backward. One rank needs no wrapper."""
+def wrap(module: nn.Module, layout: Layout, zero: int, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """Data parallel: gradients are averaged over the dp group in backward. One rank needs no wrapper.
+
+    zero: 1, 2, 3: pypar.Zero, which has an optimizer of its own that takes the given one's settings and state over.
+    """
     if layout.dp_group is None:
         return module
-    from pypar import DataParallel
+    from pypar import DataParallel, Zero, symmetric
+
+    if zero == 3 and layout.tp > 1 and not symmetric.shares_memory(layout.dp_group):
+        raise TrainError(
+            "--zero 3 with --tp works where the --dp ranks share memory, and these are on several hosts or of another "
+            "--backend: use --zero 2"
+        )
+    if zero:
+        return Zero(module, layout.dp_group, stage=zero, optimizer=optimizer)
 
     return DataParallel(module, layout.dp_group)
 

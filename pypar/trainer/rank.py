@@ -49,8 +49,9 @@ def train(job: Job, ranks: Ranks) -> None:
             trainer.fit(metrics, progress)
         finally:
             progress.close()
-        # All ranks that share the first copy of the model.
-        text = _sample(trainer) if config.sample_tokens and trainer.layout.dp_rank == 0 else None
+        # The ranks that share the first copy of the model; all, where a forward pass may gather parameters from them.
+        draws = trainer.layout.dp_rank == 0 or config.zero == 3
+        text = _sample(trainer) if config.sample_tokens and draws else None
         if metrics:
             with writing(run):
                 metrics.close()
@@ -60,9 +61,10 @@ def train(job: Job, ranks: Ranks) -> None:
 
 def _headline(trainer: Trainer) -> str:
     config, world_size, layout = trainer.config, trainer.ranks.world_size, trainer.layout
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks ({layout})"
-    if layout.tp > 1 and config.sequence_parallel:
-        ranks = f"{world_size} ranks ({layout}, sequence parallel)"
+    how = [str(layout)]
+    how += [f"ZeRO {config.zero}"] if trainer.zero is not None else []
+    how += ["sequence parallel"] if layout.tp > 1 and config.sequence_parallel else []
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks ({', '.join(how)})"
     skipped = trainer.cache.meta["skipped"]
     counts = "".join(f", {number} {why} files skipped" for why, number in sorted(skipped.items()))
     lines = [
@@ -106,7 +108,7 @@ def _sample(trainer: Trainer) -> str:
         config.temperature,
         trainer.ranks.device,
         config.seed,
-        trainer.layout.tp_group,
+        dist.group.WORLD if config.zero == 3 else trainer.layout.tp_group,
         trainer.token_loss.full,
     )
     return tokens.decode([*prompt, *out])

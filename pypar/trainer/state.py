@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ class Full:
     weights: by name, tied ones once. moments: `<state>.<parameter name>`, e.g. `exp_avg.lm_head.weight`.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, is_cut: bool):
-        """is_cut: by tensor parallel; then a collective call of its group. Else the tensors are the module's own."""
+    def __init__(self, module: nn.Module, optimizer: Any, is_cut: bool):
+        """is_cut: by tensor parallel; then a collective call of its group. Else the tensors are the module's own.
+        optimizer: whose `state` has the moments by parameter."""
         self.architecture = type(module).__name__
         self.weights = _unique(gather_full_state(module) if is_cut else module.state_dict())
         if is_cut:
@@ -36,6 +38,19 @@ class Full:
             for name, state in states.items()
             for key, value in state.items()
         }
+
+
+def unsharded(module: nn.Module, states: dict[str, dict[str, torch.Tensor]]) -> Any:
+    """States of ZeRO's shards, gathered by name, in the form of the whole module's optimizer: `state`, by parameter.
+    A parameter without elements, which no rank has a piece of, gets the empty states that it would have."""
+    with_all = next((s for s in states.values() if s), {})
+    found = {}
+    for name, parameter in module.named_parameters():
+        state = states.get(name, {})
+        if not state and parameter.requires_grad and not parameter.numel():
+            state = {k: v if k == "step" else torch.zeros_like(parameter) for k, v in with_all.items()}
+        found[parameter] = state
+    return SimpleNamespace(state=found)
 
 
 def save_model(full: Full, config: dict[str, Any], folder: Path) -> None:
@@ -67,16 +82,35 @@ def save_optimizer(full: Full, folder: Path) -> None:
     save_file(full.moments, folder / "optimizer.safetensors", metadata=METADATA)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, folder: Path) -> None:
-    """Sets the state of every parameter, or of this rank's part of it; learning rates are the caller's."""
+def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, folder: Path, borrow: bool = False) -> None:
+    """Sets the state of every parameter, or of this rank's part of it; learning rates are the caller's.
+
+    borrow: the tensors stay in the mapped file, for a caller that copies what it needs; of a module that is not cut.
+    """
     states: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in load_file(folder / "optimizer.safetensors").items():
         key, _, name = full.partition(".")
         states.setdefault(name, {})[key] = tensor
     try:
-        load_full_optimizer_state(module, optimizer, states)
+        if borrow:
+            optimizer.state.update(_by_parameter(module, states))
+        else:
+            load_full_optimizer_state(module, optimizer, states)
     except ValueError as error:
         raise TrainError(f"checkpoint {folder} is of another model: {reason(error, with_type=False)}") from error
+
+
+def _by_parameter(
+    module: nn.Module, states: dict[str, dict[str, torch.Tensor]]
+) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    named = dict(module.named_parameters())
+    for name, state in states.items():
+        if name not in named:
+            raise ValueError(f"optimizer state for {name}, which is no parameter of {type(module).__name__}")
+        for key, value in state.items():
+            if value.dim() and value.shape != named[name].shape:
+                raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the parameter {tuple(named[name].shape)}")
+    return {named[name]: state for name, state in states.items()}
 
 
 def _unique(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

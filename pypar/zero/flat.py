@@ -8,15 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pypar import symmetric
+from pypar import ops, symmetric
+from pypar.ops.zero_gather import Gathering
+from pypar.zero.freed import free, restore
+from pypar.zero.hosts import Hosts
 from pypar.zero.partition import Layout, Piece, lay_out
 
 
 class FlatParameters:
     """Parameters of one unit that have one dtype and are trained, or not, together.
 
-    full   [numel] all elements. Where the ranks share memory it exists once; else each rank has its own, which gather()
-           fills and, unless parameters stay whole, free() empties
+    full   [numel] all elements. Where the ranks share memory it exists once; else each rank has its own, or the ranks
+           of a host have one (hosts), which gather() fills and, unless parameters stay whole, free() empties
     own    this rank's shard: a part of `full`, or by itself where `full` comes and goes
     master own in float32, which the optimizer steps; `own` itself where parameters aren't of a half type
     """
@@ -29,6 +32,7 @@ class FlatParameters:
         group: dist.ProcessGroup,
         stays: bool,
         dtype: torch.dtype | None = None,
+        hosts: Hosts | None = None,
     ):
         self.unit, self.names, self.parameters = unit, list(names), list(parameters)
         self.group, self.rank, self.world_size = group, dist.get_rank(group), dist.get_world_size(group)
@@ -39,7 +43,10 @@ class FlatParameters:
         self.is_shared = self.world_size > 1 and symmetric.shares_memory(group, self.device)
         self.stays = stays or self.is_shared or self.world_size == 1
         begin, end = self.layout.shard(self.rank)
-        if self.is_shared:
+        self.hosts = hosts if self.device.type == "cpu" else None
+        if self.hosts is not None:
+            self.full = self.hosts.memory(self.layout, self.dtype)
+        elif self.is_shared:
             self.full = symmetric.contiguous(self.layout.shard_sizes(), self.dtype, group)
         else:
             self.full = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
@@ -50,14 +57,20 @@ class FlatParameters:
                 for piece in self.layout.pieces(self.rank):
                     master[piece.begin - begin : piece.end - begin].copy_(self._source(piece))
             self._adopt()
-        self.own = self.full[begin:end] if self.stays else self.full[begin:end].clone()
+        has_own = self.stays or self.hosts is not None
+        self.own = self.full[begin:end] if has_own else self.full[begin:end].clone()
         self.master = self.own if master is None else master
         self._bytes = self.full.untyped_storage().nbytes()
         self.is_full = True
+        self._gathering: Gathering | None = None  # on its way
 
     def _adopt(self) -> None:
         """Moves the parameters' values into `full`, and makes the parameters views of it."""
-        for piece in self.layout.pieces(self.rank) if self.is_shared else self._all():
+        if self.hosts is not None:
+            pieces = [p for rank in self.hosts.brought for p in self.layout.pieces(rank)]
+        else:
+            pieces = list(self.layout.pieces(self.rank)) if self.is_shared else self._all()
+        for piece in pieces:
             self.full[piece.begin : piece.end].copy_(self._source(piece))
         self._point()
 
@@ -71,7 +84,7 @@ class FlatParameters:
 
     def _point(self) -> None:
         for parameter, view in zip(self.parameters, self.views(self.full), strict=True):
-            parameter.data = view
+            restore(parameter, view)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Of a tensor laid out as `full`, one per parameter."""
@@ -84,42 +97,72 @@ class FlatParameters:
         """[numel] of everybody's shards. Collective."""
         return torch.ops.pypar.all_gather(shard.contiguous(), self.group.group_name, self.layout.shard_sizes())
 
+    @property
+    def is_freed(self) -> bool:
+        """Neither whole nor on its way."""
+        return not self.is_full and self._gathering is None
+
     @torch.no_grad()
-    def gather(self) -> None:
-        """The parameters are whole afterwards. Collective, where they were not."""
-        if self.is_full:
+    def start_gather(self) -> None:
+        """The parameters are on their way afterwards, where they were not whole. Collective then."""
+        if not self.is_freed:
+            return
+        if self.hosts is not None:
+            self._gathering = self.hosts.gather(self.full, self.layout)
             return
         # The storage that tensors saved for backward refer to; its contents don't count as a change.
         self.full.untyped_storage().resize_(self._bytes)
         with torch.autograd._unsafe_preserve_version_counter(self.full):
-            self.full.copy_(self.join(self.own))
+            self._gathering = ops.zero_gather(self.full, self.own, self.layout.shard_sizes(), self.group, async_op=True)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """The parameters are whole afterwards. Collective, where they were not."""
+        self.start_gather()
+        gathering, self._gathering = self._gathering, None
+        if gathering is None:
+            return
+        with torch.autograd._unsafe_preserve_version_counter(self.full):
+            gathering.wait()
         self._point()
         self.is_full = True
 
     def free(self) -> None:
         """Gives the memory back where the parameters come and go."""
-        if self.stays or not self.is_full:
+        if self.stays or self.is_freed:
             return
-        for parameter in self.parameters:
-            parameter.data = parameter.data.new_empty(0)
-        self.full.untyped_storage().resize_(0)
+        gathering, self._gathering = self._gathering, None
+        if gathering is not None:
+            gathering.wait()
+        if self.is_full:
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                free(parameter, name)
         self.is_full = False
+        if self.hosts is not None:
+            self.hosts.let_go(self.full, self.layout)
+        else:
+            self.full.untyped_storage().resize_(0)
 
     @torch.no_grad()
     def publish(self) -> None:
         """After `own` has changed: everybody's newest values. Collective where every rank has a whole copy."""
-        if self.stays and not self.is_shared and self.world_size > 1:
-            self.full.copy_(self.join(self.own))
+        if not self.stays:
+            self.free()  # gathered when it is needed
+        elif self.hosts is not None:
+            self.hosts.gather(self.full, self.layout).wait()
+        elif not self.is_shared and self.world_size > 1:
+            ops.zero_gather(self.full, self.own, self.layout.shard_sizes(), self.group)
 
     def keep(self) -> None:
         """After the whole parameters have changed, by everybody alike: this rank's shard follows."""
         begin, end = self.layout.shard(self.rank)
         mine = self.full[begin:end]
-        if not self.stays:
+        if self.own.data_ptr() != mine.data_ptr():
             self.own.copy_(mine)
         if self.master is not self.own:  # what did not change keeps the digits that a half type lacks
             self.master.copy_(torch.where(mine == self.master.to(self.dtype), self.master, mine.float()))
 
+    @torch.compiler.disable
     def check(self) -> None:
         """The parameters are still where they were put. Raises RuntimeError."""
         home = self.full.untyped_storage()._cdata

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from pypar import ops
+from pypar.zero import state
 from pypar.zero.flat import FlatParameters
+from pypar.zero.offload import Offload
 from pypar.zero.reducer import ShardReducer, UnitBucket
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
@@ -32,6 +34,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         flats: Sequence[FlatParameters],
         reducer: ShardReducer,
         defaults: dict[str, Any],
+        offload: Offload | None = None,
     ):
         # Not the base class's: what it would set up is the inner optimizer's.
         self.flats, self.reducer = list(flats), reducer
@@ -39,17 +42,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.num_skipped = 0
         self.names: dict[int, str] = {}  # of each piece's parameter, by id of the piece
         self.places: dict[int, tuple[FlatParameters, int, int, int]] = {}  # flat, begin, end, start, by id of the piece
+        named = {id(p): n for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)}
+        self.group_names = [[named[id(p)] for p in group["params"]] for group in groups]  # on all ranks
         pieces = {id(p): piece for bucket in reducer.buckets for p, piece in self._pieces(bucket)}
+        if isinstance(make, type):  # before it refuses flat parameters in its own words
+            _check_elementwise(make)
         self.inner = make(
             [{**group, "params": [pieces[id(p)] for p in group["params"] if id(p) in pieces]} for group in groups],
             **defaults,
         )
-        kind = type(self.inner).__name__
-        if kind not in ELEMENTWISE:
-            raise ValueError(
-                f"pypar.Zero: {kind} is not known to work element by element, so that a rank's part of a parameter "
-                f"would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
-            )
+        _check_elementwise(type(self.inner))
+        self.offload = offload
+        if offload is not None:
+            offload.reserve(self, _adam_states if self._is_adam() else lambda group: ())
+
+    def _is_adam(self) -> bool:
+        return all(_is_adam(self.inner, group) for group in self.param_groups)
 
     def _pieces(self, bucket: UnitBucket) -> list[tuple[nn.Parameter, nn.Parameter]]:
         flat = bucket.parameters
@@ -98,9 +106,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         norm = self._norm()
         factor = max_norm / (norm + 1e-6)
         if factor < 1 and math.isfinite(norm):
-            for bucket in self._buckets():
-                bucket.scale(factor)
+            self.scale_grads(factor)
         return norm
+
+    @torch.no_grad()
+    def scale_grads(self, factor: float) -> None:
+        """Multiplies this rank's gradients by the same factor on every rank: for a norm that is found elsewhere."""
+        for bucket in self._buckets():
+            bucket.scale(factor)
+
+    def gradients(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name of a parameter, at which of its elements this rank's part begins, the gradient of the part, flat), of
+        every parameter that has a part here and got a gradient on some rank."""
+        shards = {id(bucket.parameters): bucket.shard for bucket in self._buckets()}
+        index = {slot.name: slot.index for slot in self.reducer.slots}
+        for group in self.param_groups:
+            for piece in group["params"]:
+                name, (flat, begin, end, start) = self.names[id(piece)], self.places[id(piece)]
+                if id(flat) in shards and index[name] in self.reducer.has_gradient:
+                    yield name, start, shards[id(flat)][begin:end]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -113,7 +137,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return loss
         shards = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}
         index = {slot.name: slot.index for slot in self.reducer.slots}
-        is_adam = all(_is_adam(self.inner, group) for group in self.param_groups)
+        is_adam = self._is_adam()
         for group in self.param_groups:
             for piece in group["params"]:
                 flat, begin, end, _ = self.places[id(piece)]
@@ -127,9 +151,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     if piece.grad is not None:
                         flat, begin, end, _ = self.places[id(piece)]
                         low = flat.own[begin:end] if flat.own is not flat.master else None
+                        if not self.inner.state[piece] and self.offload is not None:
+                            fresh = {name: self.offload.fresh(piece, name) for name in _adam_states(group)}
+                            self.inner.state[piece].update(step=torch.zeros(()), **fresh)
                         _adam(piece, self.inner.state[piece], group, shards[id(flat)].factor, low)
         else:
             self.inner.step()
+            if self.offload is not None:
+                self.offload.adopt(self)
             for flat in self.flats:
                 if flat.own is not flat.master:
                     flat.own.copy_(flat.master)
@@ -143,6 +172,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for flat in self.flats:
             flat.publish()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise RuntimeError(
+            "pypar.Zero: parameters are shared out when the module is wrapped, and groups can't be added then; give "
+            "optimizer= one that has them"
+        )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.reducer.zero_grad()
 
@@ -154,67 +189,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.inner.load_state_dict(state_dict)
+        if self.offload is not None:
+            self.offload.adopt(self)
 
-    def full_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank.
-        Collective. What differs by parameter but not by element (a step count) is a tensor without dims."""
-        found: dict[str, dict[str, torch.Tensor]] = {}
-        pieces = {id(piece): piece for group in self.param_groups for piece in group["params"]}
-        for flat in self.flats:
-            mine = [(p, self.places[key]) for key, p in pieces.items() if self.places[key][0] is flat]
-            keys = self._state_names(mine)
-            for key, is_scalar in keys:
-                found_here = self._gather(flat, mine, key, is_scalar)
-                for name, tensor in found_here.items():
-                    found.setdefault(name, {})[key] = tensor
-        return found
-
-    def _state_names(self, mine: list[Any]) -> list[tuple[str, bool]]:
-        """(name, has no dims) of every state that some rank has."""
-        names = {
-            (key, value.dim() == 0)
-            for piece, _ in mine
-            for key, value in self.inner.state.get(piece, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
-        everyone: list[Any] = [None] * self.reducer.world_size
-        dist.all_gather_object(everyone, sorted(names), group=self.group)
-        return sorted({tuple(each) for names in everyone for each in names})
-
-    def _gather(self, flat: FlatParameters, mine: list[Any], key: str, is_scalar: bool) -> dict[str, torch.Tensor]:
-        begin, end = flat.layout.shard(flat.rank)
-        has = torch.zeros(len(flat.names), dtype=torch.float64)
-        if is_scalar:
-            values = torch.zeros(len(flat.names), dtype=torch.float64)
-            for piece, _ in mine:
-                value = self.inner.state.get(piece, {}).get(key)
-                if value is not None:
-                    at = flat.names.index(self.names[id(piece)])
-                    values[at], has[at] = float(value), 1
-            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-            dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
-            return {n: v.float() for n, v, h in zip(flat.names, values, has, strict=True) if h}
-        shard = torch.zeros(end - begin, dtype=flat.master.dtype)
-        for piece, (_, first, last, _) in mine:
-            value = self.inner.state.get(piece, {}).get(key)
-            if value is not None:
-                shard[first:last].copy_(value)
-                has[flat.names.index(self.names[id(piece)])] = 1
-        full = flat.join(shard)
-        dist.all_reduce(has, op=dist.ReduceOp.MAX, group=self.group)
-        return {n: v.clone() for n, v, h in zip(flat.names, flat.views(full), has, strict=True) if h}
+    def full_state(self, dst: int | None = None) -> dict[str, dict[str, torch.Tensor]]:
+        """{name of a parameter: {name of a state: full tensor, in the parameter's shape, or a number}}, on every rank,
+        or on rank dst alone, and {} elsewhere. Collective. What differs by parameter but not by element (a step count)
+        is a tensor without dims; "master" is the float32 weight of a parameter of a half type."""
+        return state.full_state(self, dst)
 
     def load_full_state(self, full: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Takes this rank's pieces of what full_state() gave, under any number of ranks."""
-        for group in self.param_groups:
-            for piece in group["params"]:
-                _, begin, end, start = self.places[id(piece)]
-                for key, value in full.get(self.names[id(piece)], {}).items():
-                    if value.dim() == 0:
-                        part = value.clone()
-                    else:
-                        part = value.reshape(-1)[start : start + end - begin].to(piece.dtype, copy=True)
-                    self.inner.state[piece][key] = part
+        """Takes this rank's pieces of what full_state() gave, under any number of ranks and stage.
+
+        Raises ValueError for a name that is no trained parameter, and for another shape."""
+        state.load_full_state(self, full)
+
+
+def _check_elementwise(kind: type) -> None:
+    if kind.__name__ not in ELEMENTWISE:
+        raise ValueError(
+            f"pypar.Zero: {kind.__name__} is not known to work element by element, so that a rank's part of a "
+            f"parameter would be stepped wrongly; use one of {', '.join(ELEMENTWISE)}"
+        )
 
 
 def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
@@ -224,14 +220,17 @@ def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     )
 
 
+def _adam_states(group: dict[str, Any]) -> Sequence[str]:
+    return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+
 def _adam(
     piece: nn.Parameter, state: dict[str, Any], group: dict[str, Any], factor: float, low: torch.Tensor | None
 ) -> None:
     """A step in one pass, with the states of torch's own."""
     if not state:
         state["step"] = torch.zeros(())
-        names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-        state.update({name: torch.zeros_like(piece) for name in names})
+        state.update({name: torch.zeros_like(piece) for name in _adam_states(group)})
     state["step"] += 1
     assert piece.grad is not None
     ops.zero_step(

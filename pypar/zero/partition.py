@@ -69,14 +69,40 @@ class Layout:
 
 
 def lay_out(sizes: Sequence[int], world_size: int, item_bytes: int, shard_bytes: int = PAGE_BYTES) -> Layout:
-    """Every parameter begins on a cache line; shards are whole blocks of shard_bytes, as equal as they go, the first
-    ranks one more."""
+    """Every parameter begins on a cache line; shards are equal, in whole blocks of shard_bytes, so that they are
+    gathered without a copy; the last ones may be padding."""
     align = math.lcm(CACHE_LINE_BYTES, item_bytes) // item_bytes
     block = math.lcm(shard_bytes, item_bytes) // item_bytes
     offsets, at = [], 0
     for size in sizes:
         offsets.append(at)
         at += -(-size // align) * align
-    base, more = divmod(-(-at // block), world_size)
-    bounds = [(r * base + min(r, more)) * block for r in range(world_size + 1)]
+    size = -(-at // (block * world_size)) * block
+    bounds = [r * size for r in range(world_size + 1)]
     return Layout(tuple(offsets), tuple(sizes), tuple(bounds))
+
+
+def boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements [begin, end) of a contiguous tensor of that shape, in order, as boxes, each contiguous: offsets and
+    sizes; at most 2 * dims - 1 of them."""
+    if begin >= end:
+        return
+    if len(shape) <= 1:
+        yield ((begin,), (end - begin,)) if shape else ((), ())
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-begin // inner), end // inner  # whole rows
+    if first > last:  # within one row
+        yield from _in_row(shape, last, begin - last * inner, end - last * inner)
+        return
+    if begin < first * inner:
+        yield from _in_row(shape, first - 1, begin - (first - 1) * inner, inner)
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    if last * inner < end:
+        yield from _in_row(shape, last, 0, end - last * inner)
+
+
+def _in_row(shape: Sequence[int], row: int, begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offsets, sizes in boxes(shape[1:], begin, end):
+        yield (row, *offsets), (1, *sizes)

@@ -34,7 +34,8 @@ class UnitBucket:
         self.factor = 1.0  # of `unscaled`
         self.squares: torch.Tensor | None = None  # the sum of the shard's, where it is known
         self.has_shard = False  # since zero_grad
-        self.sum: torch.Tensor | None = None  # on its way
+        self.sum: torch.Tensor | None = None  # on its way: of the full gradients, or of the replicas' shards
+        self.sums_shard = False
         self.adds = False  # to what the shard holds
         self.is_due = False  # to be reduced at the end of backward
 
@@ -72,13 +73,13 @@ class UnitBucket:
         assert memory is not None
         for slot in self.slots:
             slot.param.grad = None
-            slot.view, slot.ptr = slot.param.detach().new_empty(0), 0
+            slot.view, slot.ptr = memory[:0], 0
         return memory
 
 
 class ShardReducer(Reducer):
     """keeps_full: the full gradients stay in param.grad (stage 1); else they live for the time of a unit's backward.
-    passed(unit): called when backward has made all gradients of a unit; with None, at its end."""
+    replicas: the ranks that hold the same shards as this one, if there are others."""
 
     what = "pypar.Zero"
     buckets: list[UnitBucket]  # type: ignore[assignment]
@@ -89,9 +90,10 @@ class ShardReducer(Reducer):
         group: dist.ProcessGroup,
         keeps_full: bool,
         find_unused: bool,
-        passed: Callable[[str | None], None],
+        replicas: dist.ProcessGroup | None = None,
     ):
-        self.flats, self.keeps_full, self.passed = list(flats), keeps_full, passed
+        self.flats, self.keeps_full, self.replicas = list(flats), keeps_full, replicas
+        self.num_ranks = dist.get_world_size(group) * (1 if replicas is None else dist.get_world_size(replicas))
         self.memories: dict[torch.dtype, list[torch.Tensor]] = {}
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
@@ -112,7 +114,7 @@ class ShardReducer(Reducer):
         for bucket in self.buckets:
             for slot in bucket.slots:
                 slot.bucket = bucket  # type: ignore[assignment]
-                slot.view = slot.param.detach().new_empty(0)
+                slot.view = torch.empty(0, dtype=bucket.parameters.dtype, device=bucket.parameters.device)
         if self.keeps_full:
             for bucket in self.buckets:
                 bucket.take(self._memory(bucket.parameters, bucket.parameters.layout.numel))
@@ -124,6 +126,7 @@ class ShardReducer(Reducer):
             for dtype, flat in largest.items():
                 count = min(MEMORIES, sum(f.dtype == dtype for f in self.flats))
                 self.memories[dtype] = [self._memory(flat, flat.layout.numel) for _ in range(count)]
+        self.pooled = {memory.data_ptr() for memories in self.memories.values() for memory in memories}
 
     def _memory(self, flat: FlatParameters, numel: int) -> torch.Tensor:
         return symmetric.empty(numel, flat.dtype, self.group, flat.device)
@@ -131,9 +134,12 @@ class ShardReducer(Reducer):
     def acquire(self, bucket: UnitBucket) -> None:
         free = self.memories[bucket.parameters.dtype]
         if not free:
-            oldest = next(
-                b for b in self.buckets if b.work is not None and b.parameters.dtype == bucket.parameters.dtype
-            )
+            dtype = bucket.parameters.dtype
+            holders = (b for b in self.buckets if b.work is not None and b.flat is not None)
+            oldest = next((b for b in holders if b.parameters.dtype == dtype), None)
+            if oldest is None:  # they all hold gradients, and wait for a unit before them that this rank does not use
+                flat = bucket.parameters
+                return bucket.take(torch.empty(flat.layout.numel, dtype=flat.dtype, device=flat.device))
             self.wait(oldest)
         bucket.take(free.pop(0))
 
@@ -159,7 +165,6 @@ class ShardReducer(Reducer):
         super().fill(bucket)
 
     def launch(self, bucket: Any) -> None:
-        self.passed(bucket.parameters.unit)
         # What stays is summed in one go at the end, so that a rank that is late in one unit and early in the next holds
         # up nobody. A sum of copies travels while backward goes on, and is started here.
         bucket.is_due = self.keeps_full and bucket.is_wide and self.in_place
@@ -171,11 +176,21 @@ class ShardReducer(Reducer):
         assert tensor is not None
         adds = bucket.has_shard and not self.keeps_full
         if bucket.is_wide and flat.device.type == "cpu":
-            sizes, scale = flat.layout.shard_sizes(), 1 / self.world_size
-            bucket.squares = ops.zero_scatter(bucket.shard, tensor, sizes, self.group, scale=scale, accumulate=adds)
+            part = bucket.shard if self.replicas is None else torch.empty_like(bucket.shard)
+            bucket.squares = ops.zero_scatter(
+                part,
+                tensor,
+                flat.layout.shard_sizes(),
+                self.group,
+                scale=1 / self.num_ranks,
+                accumulate=adds and self.replicas is None,
+            )
             self.done(bucket)
+            if self.replicas is not None:
+                bucket.adds, bucket.sum, bucket.sums_shard = adds, part, True
+                bucket.work = dist.all_reduce(part, group=self.replicas, async_op=True)
             return
-        bucket.adds, bucket.sum = adds, tensor.clone()  # this rank's own stay what they are
+        bucket.adds, bucket.sum, bucket.sums_shard = adds, tensor.clone(), False  # this rank's own stay what they are
         bucket.work = dist.all_reduce(bucket.sum, group=self.group, async_op=True)
 
     def wait(self, bucket: Any) -> None:
@@ -188,29 +203,40 @@ class ShardReducer(Reducer):
             return
         try:
             work.wait()
+            if not bucket.sums_shard:
+                begin, end = bucket.parameters.layout.shard(self.rank)
+                total = total[begin:end]
+                if self.replicas is not None:
+                    dist.all_reduce(total, group=self.replicas)
+                total.div_(self.num_ranks)
         except Exception as error:
             error.add_note(
                 f"pypar.Zero, rank {self.rank} of {self.world_size}: reducing the gradients of {bucket.label}, "
                 f"{bucket.parameters.layout.numel} x {bucket.parameters.dtype}"
             )
             raise
-        begin, end = bucket.parameters.layout.shard(self.rank)
-        mean = total[begin:end].div_(self.world_size)
-        bucket.shard.copy_(bucket.shard + mean if bucket.adds else mean)
+        bucket.shard.copy_(bucket.shard + total if bucket.adds else total)
         bucket.squares = None
-        self.done(bucket)
+        if not bucket.sums_shard:
+            self.done(bucket)
 
     def done(self, bucket: UnitBucket) -> None:
         """Its shard is there; the memory of its full gradients can go."""
         bucket.has_shard = True
         if not self.keeps_full:
-            self.memories[bucket.parameters.dtype].append(bucket.drop())
+            memory = bucket.drop()
+            if memory.data_ptr() in self.pooled:
+                self.memories[bucket.parameters.dtype].append(memory)
 
     def reset(self) -> None:
         super().reset()
         for bucket in self.buckets:
             bucket.is_due = False
-        self.passed(None)
+
+    def add_up(self, counts: torch.Tensor) -> None:
+        super().add_up(counts)
+        if self.replicas is not None:
+            dist.all_reduce(counts, group=self.replicas)
 
     def reduce_and_learn(self, joined: bool = False) -> None:
         super().reduce_and_learn(joined=joined or not self.keeps_full)

@@ -25,7 +25,7 @@ class Unit:
 def units_of(root: nn.Module, rule: Rule = "auto") -> list[Unit]:
     """The units of `root` in the order of registration; the first is the root's own.
 
-    rule   "auto": the entries of every outermost nn.ModuleList or nn.Sequential whose entries hold parameters; names or
+    rule   "auto": the entries of every outermost nn.ModuleList or nn.Sequential that hold parameters; names or
            classes of modules (strings and types may be mixed); or a function that says of a module whether it is one
 
     Raises ValueError: a name or class that no module has.
@@ -59,6 +59,8 @@ def _chosen(root: nn.Module, rule: Rule) -> list[tuple[str, nn.Module]]:
         if rule != "auto":
             raise ValueError(f"units={rule!r}: give 'auto', names and classes of modules, or a function")
         found: list[tuple[str, nn.Module]] = []
+        if isinstance(root, (nn.ModuleList, nn.Sequential)):
+            return [(n, m) for n, m in root.named_children() if any(True for _ in m.parameters())]
         for name, module in modules:
             if isinstance(module, (nn.ModuleList, nn.Sequential)) and not any(
                 name == outer or name.startswith(f"{outer}.") for outer, _ in found

@@ -16,7 +16,8 @@ def test_layouts(world, item):
         assert len(layout.offsets) == len(sizes) and layout.world_size == world
         assert all(offset * item % 64 == 0 for offset in layout.offsets), "cache lines"
         assert all(bound * item % 4096 == 0 for bound in layout.bounds), "pages"
-        assert max(layout.shard_sizes()) - min(layout.shard_sizes()) <= 4096 // item
+        assert len(set(layout.shard_sizes())) == 1, "gathered without a copy"
+        assert layout.numel * item <= sum(-(-s * item // 64) * 64 for s in sizes) + 4096 * world
         owner = torch.full((layout.numel,), -1)
         for rank in range(world):
             begin, end = layout.shard(rank)
@@ -60,6 +61,8 @@ def test_units():
     assert names(units_of(model, lambda m: m is model.layers[0])).keys() == {"", "layers.0"}
     every = [n for unit in units_of(model, [nn.Sequential, nn.Linear]) for n in unit.names]
     assert sorted(every) == sorted(n for n, _ in model.named_parameters())
+    in_a_row = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    assert names(units_of(in_a_row)).keys() == {"0", "2"}
     with pytest.raises(ValueError, match="no module of Model is 'Conv2d'"):
         units_of(model, ["Conv2d"])
     with pytest.raises(ValueError, match="units='block'"):
