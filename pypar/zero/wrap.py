@@ -97,7 +97,7 @@ class Zero(nn.Module):
         trained = [flat for flat in self._flats if id(flat.parameters[0]) in trainable]
         self._reducer = ShardReducer(trained, group, stage == 1, find_unused_parameters, self.replicate_group)
         self.optimizer = ShardedOptimizer(make, groups, trained, self._reducer, defaults)
-        self._gatherer.finish()
+        self._free()
 
     @torch.compiler.disable(recursive=False)  # what is inside compiles
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +141,10 @@ class Zero(nn.Module):
         with torch.no_grad():
             for flat in self._flats:
                 flat.keep()
+        self._free()
+
+    def _free(self) -> None:
+        """What is whole, where parameters come and go."""
         self._gatherer.finish()
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
