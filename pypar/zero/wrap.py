@@ -133,7 +133,10 @@ class Zero(nn.Module):
     @contextmanager
     def full_params(self) -> Iterator[None]:
         """Within the block every parameter is whole on every rank; what the block changes in place, on every rank
-        alike, is kept. Collective."""
+        alike, is kept. Collective.
+
+        Ranks that share memory share the parameters: what they all do there must not depend on what is there (copy_,
+        zero_), or one rank of each host does it alone (mul_ on two ranks of a host multiplies twice)."""
         with self._gatherer.keeping():
             yield
         if self.world_size > 1:
