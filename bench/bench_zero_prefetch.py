@@ -66,6 +66,8 @@ class ZeroHostRank(Rank):
         os.environ["GLOO_SOCKET_IFNAME"] = hosts.INTERFACE
         os.environ["PYPAR_NODE_ID"] = namespaces[rank]
         super().__init__(rank, world, folder, page)
+        import pypar  # noqa: F401  (registers the backend)
+
         self.group = dist.new_group(backend="pypar", timeout=timedelta(seconds=LIMIT_S))
         self.built: dict[int, tuple[nn.Module, Any]] = {}
 

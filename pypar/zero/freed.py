@@ -16,6 +16,7 @@ _METHODS = {
     torch.Tensor.element_size,
     torch.Tensor.is_complex,
     torch.Tensor.is_floating_point,
+    torch.Tensor.is_inference,
     torch.Tensor.ndimension,
     torch.Tensor.nelement,
     torch.Tensor.numel,
@@ -60,7 +61,8 @@ def free(parameter: nn.Parameter, name: str) -> None:
     if isinstance(parameter, FreedParameter):
         return
     kept_class, shape = type(parameter), parameter.shape
-    parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape)
+    with torch.inference_mode(False):  # not a tensor of that mode, which could never be trained
+        parameter.data = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(shape)
     parameter.__dict__.update(_zero_name=name, _zero_class=kept_class)
     parameter.__class__ = FreedParameter
 

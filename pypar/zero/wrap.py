@@ -171,7 +171,10 @@ class Zero(nn.Module):
     @contextmanager
     def full_params(self) -> Iterator[None]:
         """Within the block every parameter is whole on every rank; what the block changes in place, on every rank
-        alike, is kept. Collective."""
+        alike, is kept. Collective.
+
+        Ranks that share memory share the parameters: what they all do there must not depend on what is there (copy_,
+        zero_), or one rank of each host does it alone (mul_ on two ranks of a host multiplies twice)."""
         with self._gatherer.keeping():
             yield
         if self.world_size > 1:
@@ -179,6 +182,10 @@ class Zero(nn.Module):
         with torch.no_grad():
             for flat in self._flats:
                 flat.keep()
+        self._free()
+
+    def _free(self) -> None:
+        """What is whole, where parameters come and go."""
         self._gatherer.finish()
 
     def full_state_dict(self, dst: int | None = None) -> dict[str, Any]:

@@ -177,10 +177,11 @@ def train(rank, world, way, make=Stack, **settings):
         losses.append(loss.item())
         model.optimizer.step()
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad() if number % 2 else torch.inference_mode():
             losses.append(model(data(rank, 50)).square().mean().item())
         model.train()
         assert watch.num_whole() == 0 and not any(flat.is_full for flat in model._flats), "freed without a backward"
+        assert not any(p.is_inference() for p in model.parameters())
     watch.stop()
     with model.full_params():
         weights = {n: w.clone() for n, w in model.module.state_dict().items()}
