@@ -119,6 +119,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("_set_default_timeout", &pypar::ProcessGroup::setTimeout, py::arg("timeout"))
       .def_property_readonly("hosts", &pypar::ProcessGroup::hosts, "ranks of the group by host")
       .def_property_readonly("spans_hosts", &pypar::ProcessGroup::spans_hosts)
+      .def(
+          "end", [](const pypar::ProcessGroup& self, const std::string& why) { self.communicator()->abort(why); },
+          py::arg("why"), "ends every wait of every rank of the group, which raise PeerError with `why`")
       .def_property_readonly(
           "calls", [](const pypar::ProcessGroup& self) { return self.communicator()->calls(); },
           "collectives that this rank has made in shared memory");

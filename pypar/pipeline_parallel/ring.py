@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from pypar import ops, symmetric
+from pypar import symmetric
 from pypar.reference.ring_recv import receive
 from pypar.reference.ring_send import start_send
 
@@ -145,6 +145,7 @@ class Channel:
         self._sent: Any = None
         self._received: Any = None
         self._early: dict[int, Any] = {}  # messages that came before they were asked for, by tag
+        self.most_bytes = 0  # of a message that was sent
 
     def send(self, payload: Any, tag: int) -> None:
         """A container of tensors and of what pickle takes. Which of the tensors require a gradient travels along."""
@@ -157,6 +158,7 @@ class Channel:
             self._sent = structure
             text = pickle.dumps((kinds, pytree.treespec_dumps(spec)))
             tensors.append(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self.most_bytes = max(self.most_bytes, sum(64 + -(-x.nbytes // 64) * 64 for x in tensors))
         self.ring.send(tensors, 2 * tag + is_new)
 
     def recv(self, tag: int) -> Any:
