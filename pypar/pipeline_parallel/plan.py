@@ -31,7 +31,7 @@ def links(schedule: Schedule) -> list[Link]:
 
 
 def slots_needed(schedule: Schedule, holds: bool, most: int = 64) -> dict[Link, int] | None:
-    """{link: slots with which the schedule runs to its end, one to spare where that is possible}; None: not even `most`.
+    """{link: slots with which the schedule runs to its end, one to spare if possible}; None: not even with `most`.
 
     holds: a stage keeps the slot of an activation until its last backward action on it (it computes on the slot
     itself); else it copies what it takes. Slots of gradients are kept for one action.

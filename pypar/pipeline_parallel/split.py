@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import nn
 
@@ -21,8 +22,8 @@ class Part:
 
 @dataclass
 class Cut:
-    """parts: all modules with parameters, each in one stage. shared: names of parameters that stand directly on a module
-    around the blocks, which every stage keeps. boundary[k]: name of the block whose output goes from stage k on."""
+    """parts: all modules with parameters, each in one stage. shared: names of parameters that stand directly on a
+    module around the blocks, which every stage keeps. boundary[k]: name of the block whose output goes from stage k on."""
 
     num_stages: int
     parts: list[Part]
@@ -156,7 +157,7 @@ def _starts(
     if unknown:
         raise ValueError(f"split: {unknown[0]!r} is no block; they are {names[0]} ... {names[-1]}")
     starts = [0, *(names.index(str(each)) for each in split)]
-    if len(starts) != num_stages or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if len(starts) != num_stages or any(a >= b for a, b in pairwise(starts)):
         raise ValueError(
             f"split={split}: needs {num_stages - 1} names in order, of the blocks with which stages 1 to "
             f"{num_stages - 1} begin; stage 0 begins with {names[0]}"

@@ -63,7 +63,7 @@ class Stages:
         return list(dict.fromkeys([self.cut.boundary[stage], *carried]))
 
     def run(self, stage: int, payload: Payload, call: Callable[[], Any], seed: int) -> Any:
-        """What call(), which calls the model, returns at the last stage; else what goes to the next stage. payload: from
+        """What call(), which calls the model, returns at the last stage; else what goes to the next one. payload: from
         the stage before. seed: of everything random in this forward."""
         is_last = stage == self.cut.num_stages - 1
         like = None
@@ -116,8 +116,8 @@ class Stages:
         if any(is_ghost(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             raise RuntimeError(
                 f"stage {now.stage}: '{part.name}' reads a value of an earlier stage that isn't sent here. Of the "
-                f"earlier modules only {', '.join(now.payload)} came: name the one it comes from in carry=[...], or put "
-                f"'{part.name}' and that one into one stage (split=)"
+                f"earlier modules only {', '.join(now.payload)} came: name the one it comes from in carry=[...], or "
+                f"put '{part.name}' and that one into one stage (split=)"
             )
         if part.name in now.made:
             raise RuntimeError(
@@ -130,8 +130,8 @@ class Stages:
 
 
 def _with_seed(part: Part, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Runs the part with random numbers that depend on the forward and on the part's name alone: not on what ran before,
-    nor on the rank. Activation checkpointing restores the generator of the forward, and so finds them again."""
+    """Runs the part with random numbers that depend on the forward and on the part's name alone: not on what ran
+    before, nor on the rank. Activation checkpointing restores the generator of the forward, and so finds them again."""
     seed = torch.default_generator.initial_seed()
     if not part.module.training or seed >> _BITS << _BITS != OURS:
         return original(*args, **kwargs)

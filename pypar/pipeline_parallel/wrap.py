@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from pypar.pipeline_parallel.batch import Losses, LossFn, cut_batch, signature, size_of
 from pypar.pipeline_parallel.engine import Engine, abort
+from pypar.pipeline_parallel.generators import make_schedule
 from pypar.pipeline_parallel.plan import FORWARD, Link, links, slots_needed
 from pypar.pipeline_parallel.ring import Channel, Edge, make_rings
-from pypar.pipeline_parallel.schedule import Action, Schedule, make_schedule
+from pypar.pipeline_parallel.schedule import Action, Schedule
 from pypar.pipeline_parallel.split import Cut, cut
 from pypar.pipeline_parallel.stage import Stages
 from pypar.pipeline_parallel.state import gather
@@ -36,7 +37,7 @@ class Pipeline(nn.Module):
 
     module          with an nn.ModuleList or nn.Sequential of blocks; Hugging Face decoder models as they are
     group           the ranks of the pipeline; default all
-    schedule        a name (pypar.pipeline_parallel.schedule.NAMES), a Schedule, or a function of the number of
+    schedule        a name (pypar.pipeline_parallel.generators.NAMES), a Schedule, or a function of the number of
                     micro-batches that returns one
     micro_batches   into which a batch is cut; a batch of fewer samples makes fewer
     split           "auto" (equal costs), numbers of blocks per stage, or names of the blocks with which stages begin
@@ -78,7 +79,8 @@ class Pipeline(nn.Module):
         first = self.schedule_of(micro_batches)
         self.cut: Cut = cut(module, first.num_stages, split)
         self.stages_here = [s for s in range(first.num_stages) if first.rank_of(s) == self.rank]
-        self._last_rank = first.rank_of(first.num_stages - 1)
+        self._ranks = first.ranks
+        self._last_rank = first.ranks[-1]
         if init_sync and self.world_size > 1:
             tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
             dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
@@ -260,7 +262,7 @@ class Pipeline(nn.Module):
             tuple(Action(s, "F", i) for s in range(self.cut.num_stages) if self._rank_of(s) == r for i in range(count))
             for r in range(self.world_size)
         )
-        schedule = Schedule("forward", self.world_size, self.cut.num_stages, count, self._rank_of, everyone)
+        schedule = Schedule("forward", self.world_size, count, self._ranks, everyone)
         engine = self._engine(self.schedule_of(self.micro_batches))
         engine.run(schedule, self.rank, parts, None, lambda i: seed + i, has_targets=False)
         return self._from_last([engine.outputs[i] for i in range(count)] if self.rank == self._last_rank else [])
@@ -279,7 +281,7 @@ class Pipeline(nn.Module):
         return whole[0]
 
     def _rank_of(self, stage: int) -> int:
-        return self.schedule_of(self.micro_batches).rank_of(stage)
+        return self._ranks[stage]
 
     def _agree(self, what: str) -> int:
         """The ranks hold the same batch, and start from one number, which rank 0 draws from torch's default generator
@@ -317,7 +319,7 @@ class Pipeline(nn.Module):
         engine = Engine(self._stages, self._queue, channels, copies=True)
         row = tuple(Action(stage, "F", 0) for stage in self.stages_here)
         rows = tuple(row if r == self.rank else () for r in range(self.world_size))
-        probe = Schedule("probe", self.world_size, schedule.num_stages, 1, schedule.rank_of, rows)
+        probe = Schedule("probe", self.world_size, 1, schedule.ranks, rows)
         modes = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from pipeline_parallel.pipeline_common import SETTINGS, batches, build, next_token_loss, reference
 
 import pypar.pipeline_parallel
 from pypar.testing import run_ranks
-
-from pipeline_parallel.pipeline_common import SETTINGS, batches, build, next_token_loss, reference
 
 STEPS = 3
 SCHEDULES = ("gpipe", "1f1b", "zbh1")
