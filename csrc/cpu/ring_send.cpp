@@ -80,7 +80,7 @@ void ring_send(at::TensorList tensors, at::Tensor& mine, at::Tensor& theirs, int
     for (const at::Tensor& x : tensors) {
       check_cpu_tensor(kOp, "a tensor", x);
       TORCH_CHECK_VALUE(x.dim() <= kMaxRingDims, kOp, ": a tensor of shape ", x.sizes(), " has more than ",
-                        kMaxRingDims, " dims; flatten some");
+                        kMaxRingDims, " dims; flatten it");
       dense.push_back(x.contiguous());
       header.total += sizeof(TensorHead) + padded(dense.back().nbytes());
     }

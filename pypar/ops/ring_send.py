@@ -46,8 +46,8 @@ def ring_send(
                    tensor that was made where torch.ops.pypar.ring_slot says. More than a slot holds goes in pieces
     Waits          for a free slot: the receiver gives one back when it has let go of the message's tensors
     Concurrency    one sender and one receiver per ring, each in one thread at a time
-    Raises         ValueError: memory that is no ring, a peer that isn't in the group; pypar.PeerError: a peer that died,
-                   no free slot within the group's timeout
+    Raises         ValueError: memory that is no ring, a peer that isn't in the group; pypar.PeerError: a peer that
+                   died, no free slot within the group's timeout
     Source         Lamport, Proving the Correctness of Multiprocess Programs (1977): the single-writer ring
     """
     torch.ops.pypar.ring_send(tensors, mine, theirs, num_slots, tag, peer, name_of(group))

@@ -24,7 +24,9 @@ class Ghost(torch.Tensor):
         return f"Ghost({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         device = next(x.device for x in pytree.tree_leaves((args, kwargs or {})) if isinstance(x, Ghost))
 
         def to_meta(x: Any) -> Any:

@@ -23,7 +23,7 @@ class Part:
 @dataclass
 class Cut:
     """parts: all modules with parameters, each in one stage. shared: names of parameters that stand directly on a
-    module around the blocks, which every stage keeps. boundary[k]: name of the block whose output goes from stage k on."""
+    module around the blocks, which every stage keeps. boundary[k]: name of stage k's block whose output goes on."""
 
     num_stages: int
     parts: list[Part]
@@ -143,23 +143,23 @@ def _starts(
         if split != "auto":
             raise ValueError(f"split={split!r}: give 'auto', numbers of blocks, or names of blocks")
         return _balance([block.cost for block in blocks], num_stages, first, last)
-    split = list(split)
+    given = list(split)
     names = [block.name for block in blocks]
-    if all(isinstance(each, int) for each in split):
+    if all(isinstance(each, int) for each in given):
         counts = [int(each) for each in split]
         if len(counts) != num_stages or sum(counts) != len(blocks) or min(counts) < 1:
             raise ValueError(
-                f"split={split}: needs {num_stages} numbers of 1 or more, one per stage, that add up to the "
+                f"split={given}: needs {num_stages} numbers of 1 or more, one per stage, that add up to the "
                 f"{len(blocks)} blocks"
             )
         return [sum(counts[:stage]) for stage in range(num_stages)]
-    unknown = [each for each in split if each not in names]
+    unknown = [each for each in given if each not in names]
     if unknown:
         raise ValueError(f"split: {unknown[0]!r} is no block; they are {names[0]} ... {names[-1]}")
-    starts = [0, *(names.index(str(each)) for each in split)]
+    starts = [0, *(names.index(str(each)) for each in given)]
     if len(starts) != num_stages or any(a >= b for a, b in pairwise(starts)):
         raise ValueError(
-            f"split={split}: needs {num_stages - 1} names in order, of the blocks with which stages 1 to "
+            f"split={given}: needs {num_stages - 1} names in order, of the blocks with which stages 1 to "
             f"{num_stages - 1} begin; stage 0 begins with {names[0]}"
         )
     return starts

@@ -93,7 +93,7 @@ class Pipeline(nn.Module):
                 second = {key for key, name in tied.items() if name != part.name}
                 attach(part.module, self._queue, second)
         self._stages = Stages(module, self.cut, set(self.stages_here), carry)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False  # of keys and values, which training would only fill
         self.module = module
@@ -125,25 +125,26 @@ class Pipeline(nn.Module):
         """module.generate(...) of a Hugging Face model, without a cache; the same on every rank."""
         if not hasattr(self.module, "generate"):
             raise ValueError(f"pypar.Pipeline: {type(self.module).__name__} has no generate()")
-        original = self.module.forward
-        training = self.module.training
+        model: Any = self.module
+        original = model.forward
+        training = model.training
 
         def step(*inner: Any, **named: Any) -> Any:
-            self.module.forward = original
+            model.forward = original
             try:
                 return self.forward(*inner, **named)
             finally:
-                self.module.forward = step  # type: ignore[method-assign,assignment]
+                model.forward = step
 
-        self.module.forward = step  # type: ignore[method-assign,assignment]
+        model.forward = step
         try:
-            self.module.eval()
+            model.eval()
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._agree("generate"))
-                return self.module.generate(*args, **{**kwargs, "use_cache": False})
+                return model.generate(*args, **{**kwargs, "use_cache": False})
         finally:
-            self.module.__dict__.pop("forward", None)
-            self.module.train(training)
+            model.__dict__.pop("forward", None)
+            model.train(training)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:

@@ -3,8 +3,9 @@
 Qi et al., Zero Bubble Pipeline Parallelism (2023), put weight gradients (W) where a rank would idle. Qi et al.,
 Pipeline Parallelism with Controllable Memory (2024), describe such schedules by the passes of one micro-batch, the
 block, which is repeated at an interval: how long a micro-batch stays with a rank, divided by the interval, is how many
-of them the rank holds. All passes take one unit of time. The block's times give the order of forwards and input gradients; then time is
-squeezed out, and a weight gradient runs when a rank has nothing else to do, or no room for another forward.
+of them the rank holds. All passes take one unit of time. The block's times give the order of forwards and input
+gradients; then time is squeezed out, and a weight gradient runs when a rank has nothing else to do, or no room for
+another forward.
 """
 
 from __future__ import annotations

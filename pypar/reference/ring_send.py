@@ -21,7 +21,7 @@ def heads_of(tensors: Sequence[torch.Tensor], tag: int) -> list[torch.Tensor]:
     """[number, tag, (dtype, ndim, sizes) of the first four], and a second head for the others, if there are any."""
     for x in tensors:
         if x.dim() > MAX_DIMS:
-            raise ValueError(f"ring_send: a tensor of shape {list(x.shape)} has more than {MAX_DIMS} dims; flatten some")
+            raise ValueError(f"ring_send: a tensor of shape {list(x.shape)} has more than {MAX_DIMS} dims; flatten it")
     rows = [[DTYPES.index(x.dtype), x.dim(), *x.shape, *[0] * (MAX_DIMS - x.dim())] for x in tensors]
     first = torch.zeros(2 + FIRST * PER_TENSOR, dtype=torch.int64)
     first[0], first[1] = len(rows), tag

@@ -23,7 +23,7 @@ class Block(nn.Module):
 class Own(nn.Module):
     """An embedding, a parameter of its own, a list of blocks, a tied or untied head."""
 
-    def __init__(self, num_blocks=5, tied=False, dropout=0.0, skip=False):
+    def __init__(self, num_blocks=7, tied=False, dropout=0.0, skip=False):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)
         nn.init.normal_(self.embedding.weight, std=0.2)
@@ -52,7 +52,7 @@ def hf_llama(tied=False):
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=5, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=7, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -62,7 +62,7 @@ def hf_gpt2(tied=True):
     import transformers
 
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=5, n_head=4, n_positions=64, tie_word_embeddings=tied, resid_pdrop=0.0,
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=7, n_head=4, n_positions=64, tie_word_embeddings=tied, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)

@@ -5,10 +5,11 @@ import torch
 from pipeline_parallel.pipeline_common import SETTINGS, batches, build, next_token_loss, reference
 
 import pypar.pipeline_parallel
+from pypar.pipeline_parallel.generators import NAMES
 from pypar.testing import run_ranks
 
 STEPS = 3
-SCHEDULES = ("gpipe", "1f1b", "zbh1")
+SCHEDULES = NAMES
 
 
 def train(rank, world, name, schedule, micro_batches, size):

@@ -1,4 +1,4 @@
-"""What a pipeline does beside plain steps: skips, dropout, accumulation, evaluation, generation; faults, wrong input."""
+"""What a pipeline does beside plain steps: skips, dropout, accumulation, evaluation, generation; faults."""
 
 import os
 import signal
@@ -62,7 +62,7 @@ def dropout(rank, world, splits):
 
 def test_dropout_depends_on_neither_schedule_nor_split_nor_ranks():
     one = run_ranks(dropout, 1, [("gpipe", 3, "auto")])[0]
-    two = run_ranks(dropout, 2, [("gpipe", 3, "auto"), ("1f1b", 3, [1, 4]), ("zbh1", 3, ["blocks.3"])])[0]
+    two = run_ranks(dropout, 2, [("gpipe", 3, "auto"), ("1f1b", 3, [1, 6]), ("zbh1", 3, ["blocks.3"])])[0]
     three = run_ranks(dropout, 3, [("1f1b", 3, "auto")])[0]
     loss, grads = one[0]
     for other_loss, other in [*two, *three]:
@@ -217,17 +217,17 @@ def test_a_slow_stage_holds_the_others_back():
 
 
 def wrong(rank, world):
-    with pytest.raises(ValueError, match="6 stages for 5 blocks"):
-        Pipeline(own(), micro_batches=2, num_stages=6, schedule="interleaved")
+    with pytest.raises(ValueError, match="8 stages for 7 blocks"):
+        Pipeline(own(), micro_batches=2, num_stages=8, schedule="interleaved")
     with pytest.raises(ValueError, match="micro_batches=0"):
         Pipeline(own(), micro_batches=0)
     with pytest.raises(ValueError, match="no list of blocks"):
         Pipeline(torch.nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"split=\[2, 2\]: needs 2 numbers"):
         Pipeline(own(), split=[2, 2])
-    with pytest.raises(ValueError, match="'blocks.9' is no block"):
+    with pytest.raises(ValueError, match=r"'blocks\.9' is no block"):
         Pipeline(own(), split=["blocks.9"])
-    with pytest.raises(ValueError, match="carry: 'blocks.9' is no part"):
+    with pytest.raises(ValueError, match=r"carry: 'blocks\.9' is no part"):
         Pipeline(own(), carry=["blocks.9"])
     pipeline = Pipeline(own(), micro_batches=2)
     batch = batches("own", 1, 4)[0]
