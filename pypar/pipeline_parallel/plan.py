@@ -33,8 +33,8 @@ def links(schedule: Schedule) -> list[Link]:
 def slots_needed(schedule: Schedule, holds: bool, most: int = 64) -> dict[Link, int] | None:
     """{link: slots with which the schedule runs to its end, one to spare if possible}; None: not even with `most`.
 
-    holds: a stage keeps the slot of an activation until its last backward action on it (it computes on the slot
-    itself); else it copies what it takes. Slots of gradients are kept for one action.
+    holds: a stage keeps the slot of an activation until its last backward action on it, since it computes on the slot
+    itself; else it copies what it takes. The slot of a gradient is kept as long: weight gradients that wait read it.
     """
     slots = dict.fromkeys(links(schedule), 1)
     while stuck := _run(schedule, slots, holds):
@@ -75,12 +75,10 @@ def _run(schedule: Schedule, slots: dict[Link, int], holds: bool) -> list[Link]:
 
     def release(action: Action) -> None:
         ends = action.kind == "B" or (action.kind == "W" if action.stage in splits else action.kind == "I")
-        link = Link(action.stage - 1, FORWARD)
-        if holds and ends and link in slots:
-            taken[link] -= 1
-        link = Link(action.stage + 1, BACKWARD)
-        if action.kind in ("B", "I") and link in slots:
-            taken[link] -= 1
+        held = [Link(action.stage + 1, BACKWARD), *([Link(action.stage - 1, FORWARD)] if holds else [])]
+        for link in held if ends else []:
+            if link in slots:
+                taken[link] -= 1
 
     moved = True
     while moved:
