@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from pypar.pipeline_parallel.schedule import Action, Schedule
+from pypar.pipeline_parallel.schedule import Action, Schedule, ScheduleError
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -37,8 +37,8 @@ def slots_needed(schedule: Schedule, holds: bool, most: int = 64) -> dict[Link, 
     itself; else it copies what it takes. The slot of a gradient is kept as long: weight gradients that wait read it.
     """
     slots = dict.fromkeys(links(schedule), 1)
-    while stuck := _run(schedule, slots, holds):
-        full = [link for link in stuck if slots[link] < most]
+    while waits := stuck(schedule, slots, holds):
+        full = [link for _, _, link in waits if slots[link] < most]
         if not full:
             return None
         for link in full:
@@ -62,10 +62,9 @@ def receives_of(action: Action, num_stages: int) -> Link | None:
     return None
 
 
-def _run(schedule: Schedule, slots: dict[Link, int], holds: bool) -> list[Link]:
-    """Runs all ranks until nobody can go on; the links that are full then, empty when all is done. Raises ValueError
-    where ranks wait for each other with slots to spare."""
-    last = schedule.num_stages - 1
+def stuck(schedule: Schedule, slots: dict[Link, int], holds: bool) -> list[tuple[int, Action, Link]]:
+    """Runs all ranks until nobody can go on: (rank, action, link that is full) of those that wait to send then; empty
+    when all is done. Raises ScheduleError where ranks wait for each other with slots to spare."""
     at = [0] * schedule.num_ranks
     sent: dict[Link, set[int]] = defaultdict(set)
     taken: dict[Link, int] = defaultdict(int)  # slots in use
@@ -114,10 +113,13 @@ def _run(schedule: Schedule, slots: dict[Link, int], holds: bool) -> list[Link]:
     full = []
     for rank in waiting:
         if computed[rank]:
-            target = sends_of(schedule.actions[rank][at[rank]], last + 1)
+            action = schedule.actions[rank][at[rank]]
+            target = sends_of(action, schedule.num_stages)
             assert target is not None
-            full.append(target)
+            full.append((rank, action, target))
     if not full:
         rank = waiting[0]
-        raise ValueError(f"schedule {schedule.name}: rank {rank} waits for ever at {schedule.actions[rank][at[rank]]}")
+        raise ScheduleError(
+            f"schedule '{schedule.name}': rank {rank} waits for ever at {schedule.actions[rank][at[rank]]}"
+        )
     return full
