@@ -6,16 +6,16 @@ namespace pypar {
 
 RingRegion::RingRegion(const char* op, const at::Tensor& memory, int64_t num_slots) {
   check_cpu_tensor(op, "the ring", memory);
-  TORCH_CHECK_VALUE(num_slots >= 1 && num_slots <= kMaxRingSlots, op, ": num_slots is ", num_slots,
-                    ", expected 1 to ", kMaxRingSlots);
+  TORCH_CHECK_VALUE(num_slots >= 1 && num_slots <= kMaxRingSlots, op, ": num_slots is ", num_slots, ", expected 1 to ",
+                    kMaxRingSlots);
   const auto slots_bytes = memory.numel() - static_cast<int64_t>(sizeof(RingHead));
   const int64_t line = kCacheLineBytes;
-  TORCH_CHECK_VALUE(
-      memory.scalar_type() == at::kByte && memory.is_contiguous() && slots_bytes % (num_slots * line) == 0 &&
-          slots_bytes / num_slots >= 3 * line && reinterpret_cast<uintptr_t>(memory.const_data_ptr()) % line == 0,
-      op, ": the ring is ", memory.scalar_type(), memory.sizes(), ", expected uint8 [", sizeof(RingHead),
-      " + num_slots * (", sizeof(RingSlot), " + bytes of a slot)], aligned to ", line,
-      ", where a slot has 128 bytes or more, a multiple of ", line);
+  TORCH_CHECK_VALUE(memory.scalar_type() == at::kByte && memory.is_contiguous() &&
+                        slots_bytes % (num_slots * line) == 0 && slots_bytes / num_slots >= 3 * line &&
+                        reinterpret_cast<uintptr_t>(memory.const_data_ptr()) % line == 0,
+                    op, ": the ring is ", memory.scalar_type(), memory.sizes(), ", expected uint8 [", sizeof(RingHead),
+                    " + num_slots * (", sizeof(RingSlot), " + bytes of a slot)], aligned to ", line,
+                    ", where a slot has 128 bytes or more, a multiple of ", line);
   base_ = static_cast<std::byte*>(memory.mutable_data_ptr());
   num_slots_ = static_cast<size_t>(num_slots);
   slot_bytes_ = static_cast<size_t>(slots_bytes / num_slots) - sizeof(RingSlot);

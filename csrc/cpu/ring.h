@@ -28,7 +28,8 @@ struct RingHead {
   alignas(kCacheLineBytes) uint32_t sent;  // pieces published
   uint32_t reserved;                       // piece whose slot was handed out to be written in place; 0: none
   alignas(kCacheLineBytes) uint32_t senders_asleep;
-  alignas(kCacheLineBytes) std::array<uint32_t, kMaxRingSlots> credits;  // by slot: the newest piece that was given back
+  alignas(
+      kCacheLineBytes) std::array<uint32_t, kMaxRingSlots> credits;  // by slot: the newest piece that was given back
 };
 
 struct alignas(kCacheLineBytes) RingSlot {
