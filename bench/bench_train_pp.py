@@ -4,8 +4,8 @@ python -m bench.bench_train_pp [--quick] [--model small large] [--variants torch
 
 efficiency = compute / ranks / time of the step, where compute / ranks is what "none" takes: each rank runs the whole
 model on its share of the micro-batches, and the optimizer on its share of the parameters. A schedule's bubble bounds
-it: GPipe and 1F1B reach 8/9 of it on 2 ranks. The variants take turns, step by step; before and after, the loss and every
-gradient are held against one process.
+it: GPipe and 1F1B reach 8/9 of it on 2 ranks. The variants take turns, step by step; before and after, the loss and
+every gradient are held against one process.
 """
 
 from __future__ import annotations

@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--from-csv", type=Path, metavar="FILE", help="a schedule of your own instead: a line per rank")
     p.add_argument("--pp", type=int, default=4, metavar="N", help="ranks of the pipeline; default 4")
     p.add_argument("--micro-batches", type=int, default=8, metavar="M", help="default 8")
-    p.add_argument("--virtual-stages", type=int, metavar="V", help="stages per rank, where the schedule lets you choose")
+    p.add_argument("--virtual-stages", type=int, metavar="V", help="stages per rank, where there is a choice")
     p.add_argument("--costs", type=costs_of, default=Costs(), metavar="F,I,W,C",
-                   help="time of a stage's forward, input gradient, weight gradient, and of a message; default 1,1,1,0")  # fmt: skip
+                   help="time of forward, input gradient, weight gradient, message; default 1,1,1,0")  # fmt: skip
     p.add_argument("--out", type=Path, metavar="FILE", help=".png, .svg, .pdf, or .json for Perfetto; default NAME.png")
     p.add_argument("--csv", action="store_true", help="print the schedule as CSV instead")
     p.add_argument("--all", action="store_true", help="print a table of all schedules instead")

@@ -9,7 +9,12 @@ from typing import Any
 from pypar.pipeline_parallel.schedule import KINDS
 from pypar.pipeline_parallel.simulate import Timeline
 
-COLORS = {"F": ("#4c78a8", "#9ecae9"), "B": ("#54a24b", "#a7d79f"), "I": ("#f58518", "#ffbf79"), "W": ("#72b7b2", "#b8e0dc")}
+COLORS = {
+    "F": ("#4c78a8", "#9ecae9"),
+    "B": ("#54a24b", "#a7d79f"),
+    "I": ("#f58518", "#ffbf79"),
+    "W": ("#72b7b2", "#b8e0dc"),
+}
 TEXT_FITS = 70  # units across, up to which micro-batches can be read
 
 
