@@ -21,6 +21,9 @@ RingRegion::RingRegion(const char* op, const at::Tensor& memory, int64_t num_slo
   slot_bytes_ = static_cast<size_t>(slots_bytes / num_slots) - sizeof(RingSlot);
 }
 
+namespace {
+
+// Throws PeerError where the group's ranks share no memory, ValueError for a peer that isn't another rank of it.
 std::shared_ptr<Communicator> ring_communicator(const char* op, const std::string& group_name, int64_t peer) {
   auto communicator = communicator_of(group_name);
   TORCH_CHECK_VALUE(peer >= 0 && peer < communicator->world() && peer != communicator->rank(), op, ": peer ", peer,
@@ -28,6 +31,18 @@ std::shared_ptr<Communicator> ring_communicator(const char* op, const std::strin
                     communicator->rank());
   return communicator;
 }
+
+}  // namespace
+
+RingEnd::RingEnd(const char* op, at::Tensor my_ring, at::Tensor their_ring, int64_t slots, int64_t peer_rank,
+                 const std::string& group_name)
+    : communicator(ring_communicator(op, group_name, peer_rank)),
+      my_memory(std::move(my_ring)),
+      their_memory(std::move(their_ring)),
+      num_slots(slots),
+      peer(static_cast<int>(peer_rank)),
+      mine(op, my_memory, slots),
+      theirs(op, their_memory, slots) {}
 
 uint32_t next_free_piece(const Communicator& communicator, const RingRegion& mine, int peer) {
   const uint32_t piece = mine.head().sent + 1;

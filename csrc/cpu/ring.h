@@ -8,7 +8,10 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include <ATen/ATen.h>
 
@@ -26,7 +29,6 @@ struct RingHead {
   alignas(kCacheLineBytes) uint32_t receivers_asleep;
   // At the sender's.
   alignas(kCacheLineBytes) uint32_t sent;  // pieces published
-  uint32_t reserved;                       // piece whose slot was handed out to be written in place; 0: none
   alignas(kCacheLineBytes) uint32_t senders_asleep;
   alignas(
       kCacheLineBytes) std::array<uint32_t, kMaxRingSlots> credits;  // by slot: the newest piece that was given back
@@ -71,9 +73,6 @@ inline size_t padded(size_t bytes) {
   return (bytes + kCacheLineBytes - 1) / kCacheLineBytes * kCacheLineBytes;
 }
 
-// Throws PeerError where the group's ranks share no memory, ValueError for a peer that isn't another rank of it.
-std::shared_ptr<Communicator> ring_communicator(const char* op, const std::string& group_name, int64_t peer);
-
 // The test seam of Communicator::set_stall.
 void stall_at(int rank, uint32_t round);
 
@@ -100,5 +99,20 @@ void wait_ring(const Communicator& communicator, uint32_t& word, uint32_t target
 
 // The number of the next piece to `peer`, whose slot is free when this returns.
 uint32_t next_free_piece(const Communicator& communicator, const RingRegion& mine, int peer);
+
+// One rank's end of a ring, checked once: what the ops and Python's RingEnd work on.
+struct RingEnd {
+  RingEnd(const char* op, at::Tensor mine, at::Tensor theirs, int64_t num_slots, int64_t peer,
+          const std::string& group_name);
+
+  void send(at::TensorList tensors, int64_t tag) const;
+  std::tuple<std::vector<at::Tensor>, int64_t> recv() const;
+
+  const std::shared_ptr<Communicator> communicator;
+  const at::Tensor my_memory, their_memory;
+  const int64_t num_slots;
+  const int peer;
+  const RingRegion mine, theirs;
+};
 
 }  // namespace pypar

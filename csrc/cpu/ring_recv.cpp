@@ -19,30 +19,20 @@ constexpr const char* kOp = "ring_recv";
 // A slot that this rank has taken and will give back.
 class Lease {
  public:
-  Lease(at::Tensor mine, at::Tensor theirs, int64_t num_slots, uint32_t piece)
-      : mine_(std::move(mine)), theirs_(std::move(theirs)), num_slots_(num_slots), piece_(piece) {}
+  Lease(const RingEnd& end, uint32_t piece)
+      : mine_(end.my_memory), theirs_(end.their_memory), region_(end.theirs), piece_(piece) {}
   Lease(const Lease&) = delete;
-  ~Lease() {
-    const RingRegion theirs(kOp, theirs_, num_slots_);
-    notify(theirs.credit(piece_), piece_, theirs.head().senders_asleep);
-  }
+  ~Lease() { notify(region_.credit(piece_), piece_, region_.head().senders_asleep); }
 
  private:
   const at::Tensor mine_, theirs_;  // the memory stays mapped
-  const int64_t num_slots_;
+  const RingRegion region_;
   const uint32_t piece_;
 };
 
 class Reader {
  public:
-  Reader(const Communicator& communicator, const at::Tensor& mine, const at::Tensor& theirs, int64_t num_slots,
-         int peer)
-      : communicator_(communicator),
-        memory_(mine),
-        their_memory_(theirs),
-        num_slots_(num_slots),
-        mine_(kOp, mine, num_slots),
-        peer_(peer) {
+  explicit Reader(const RingEnd& end) : end_(end), mine_(end.mine) {
     next();
     header_ = mine_.slot(piece_);
   }
@@ -72,12 +62,13 @@ class Reader {
   void next() {
     lease_.reset();
     piece_ = mine_.head().received + 1;
-    wait_ring(communicator_, mine_.slot(piece_).piece, piece_, mine_.head().receivers_asleep, peer_, [&] {
-      return std::string(kOp) + " from " + communicator_.rank_text(peer_) + ", piece " + std::to_string(piece_);
+    const Communicator& communicator = *end_.communicator;
+    wait_ring(communicator, mine_.slot(piece_).piece, piece_, mine_.head().receivers_asleep, end_.peer, [&] {
+      return std::string(kOp) + " from " + communicator.rank_text(end_.peer) + ", piece " + std::to_string(piece_);
     });
-    stall_at(communicator_.rank(), piece_);
+    stall_at(communicator.rank(), piece_);
     mine_.head().received = piece_;
-    lease_ = std::make_shared<Lease>(memory_, their_memory_, num_slots_, piece_);
+    lease_ = std::make_shared<Lease>(end_, piece_);
     at_ = mine_.data(piece_);
     room_ = mine_.slot_bytes();
   }
@@ -93,11 +84,8 @@ class Reader {
     }
   }
 
-  const Communicator& communicator_;
-  const at::Tensor memory_, their_memory_;
-  const int64_t num_slots_;
-  const RingRegion mine_;
-  const int peer_;
+  const RingEnd& end_;
+  const RingRegion& mine_;
   uint32_t piece_ = 0;
   RingSlot header_{};
   std::shared_ptr<Lease> lease_;
@@ -107,14 +95,15 @@ class Reader {
 
 std::tuple<std::vector<at::Tensor>, int64_t> ring_recv(at::Tensor& mine, at::Tensor& theirs, int64_t num_slots,
                                                        int64_t peer, c10::string_view group_name) {
-  return with_python_errors([&] {
-    const auto communicator = ring_communicator(kOp, std::string(group_name), peer);
-    RingRegion(kOp, theirs, num_slots);
-    return Reader(*communicator, mine, theirs, num_slots, static_cast<int>(peer)).message();
-  });
+  return with_python_errors(
+      [&] { return RingEnd(kOp, mine, theirs, num_slots, peer, std::string(group_name)).recv(); });
 }
 
 }  // namespace
+
+std::tuple<std::vector<at::Tensor>, int64_t> RingEnd::recv() const {
+  return Reader(*this).message();
+}
 
 TORCH_LIBRARY_IMPL(pypar, CPU, m) {
   m.impl("ring_recv", ring_recv);

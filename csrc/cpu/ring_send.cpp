@@ -39,7 +39,6 @@ class Writer {
     slot.num_tensors = header_.num_tensors, slot.total = header_.total, slot.tag = header_.tag;
     stall_at(communicator_.rank(), piece_);
     mine_.head().sent = piece_;
-    mine_.head().reserved = 0;
     notify(slot.piece, piece_, theirs_.head().receivers_asleep);
     at_ = nullptr;
   }
@@ -70,49 +69,50 @@ class Writer {
 
 void ring_send(at::TensorList tensors, at::Tensor& mine, at::Tensor& theirs, int64_t num_slots, int64_t tag,
                int64_t peer, c10::string_view group_name) {
-  with_python_errors([&] {
-    const auto communicator = ring_communicator(kOp, std::string(group_name), peer);
-    const RingRegion here(kOp, mine, num_slots), there(kOp, theirs, num_slots);
-    std::vector<at::Tensor> dense;
-    RingSlot header{};
-    header.num_tensors = static_cast<uint32_t>(tensors.size());
-    header.tag = tag;
-    for (const at::Tensor& x : tensors) {
-      check_cpu_tensor(kOp, "a tensor", x);
-      TORCH_CHECK_VALUE(x.dim() <= kMaxRingDims, kOp, ": a tensor of shape ", x.sizes(), " has more than ",
-                        kMaxRingDims, " dims; flatten it");
-      dense.push_back(x.contiguous());
-      header.total += sizeof(TensorHead) + padded(dense.back().nbytes());
-    }
-    Writer writer(*communicator, here, there, static_cast<int>(peer), header);
-    for (const at::Tensor& x : dense) {
-      TensorHead head{};
-      head.type = static_cast<uint8_t>(x.scalar_type());
-      head.ndim = static_cast<uint8_t>(x.dim());
-      std::copy(x.sizes().begin(), x.sizes().end(), head.sizes.begin());
-      writer.write(&head, sizeof(head));
-      writer.write(x.const_data_ptr(), x.nbytes());
-    }
-    writer.publish();
-  });
+  with_python_errors([&] { RingEnd(kOp, mine, theirs, num_slots, peer, std::string(group_name)).send(tensors, tag); });
 }
 
 // Where a tensor of `bytes` will lie as the first of the next message; waits until that slot is free.
 at::Tensor ring_slot(at::IntArrayRef sizes, at::ScalarType type, at::Tensor& mine, at::Tensor& theirs,
                      int64_t num_slots, int64_t peer, c10::string_view group_name) {
   return with_python_errors([&] {
-    const auto communicator = ring_communicator("ring_slot", std::string(group_name), peer);
-    const RingRegion here("ring_slot", mine, num_slots), there("ring_slot", theirs, num_slots);
+    const RingEnd end("ring_slot", mine, theirs, num_slots, peer, std::string(group_name));
     const auto options = at::TensorOptions().dtype(type);
     const int64_t bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type));
-    if (sizeof(TensorHead) + padded(static_cast<size_t>(bytes)) > there.slot_bytes()) return at::empty(sizes, options);
-    const uint32_t piece = next_free_piece(*communicator, here, static_cast<int>(peer));
-    here.head().reserved = piece;
-    return at::from_blob(there.data(piece) + sizeof(TensorHead), sizes, [theirs](void*) {}, options);
+    if (sizeof(TensorHead) + padded(static_cast<size_t>(bytes)) > end.theirs.slot_bytes()) {
+      return at::empty(sizes, options);
+    }
+    const uint32_t piece = next_free_piece(*end.communicator, end.mine, end.peer);
+    return at::from_blob(end.theirs.data(piece) + sizeof(TensorHead), sizes, [theirs](void*) {}, options);
   });
 }
 
 }  // namespace
+
+void RingEnd::send(at::TensorList tensors, int64_t tag) const {
+  std::vector<at::Tensor> dense;
+  dense.reserve(tensors.size());
+  RingSlot header{};
+  header.num_tensors = static_cast<uint32_t>(tensors.size());
+  header.tag = tag;
+  for (const at::Tensor& x : tensors) {
+    check_cpu_tensor(kOp, "a tensor", x);
+    TORCH_CHECK_VALUE(x.dim() <= kMaxRingDims, kOp, ": a tensor of shape ", x.sizes(), " has more than ", kMaxRingDims,
+                      " dims; flatten it");
+    dense.push_back(x.contiguous());
+    header.total += sizeof(TensorHead) + padded(dense.back().nbytes());
+  }
+  Writer writer(*communicator, mine, theirs, peer, header);
+  for (const at::Tensor& x : dense) {
+    TensorHead head{};
+    head.type = static_cast<uint8_t>(x.scalar_type());
+    head.ndim = static_cast<uint8_t>(x.dim());
+    std::copy(x.sizes().begin(), x.sizes().end(), head.sizes.begin());
+    writer.write(&head, sizeof(head));
+    writer.write(x.const_data_ptr(), x.nbytes());
+  }
+  writer.publish();
+}
 
 TORCH_LIBRARY_IMPL(pypar, CPU, m) {
   m.impl("ring_send", ring_send);

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
-from pypar import symmetric
+from pypar import backend, symmetric
 from pypar.reference.ring_recv import receive
 from pypar.reference.ring_send import start_send
 
@@ -59,12 +59,15 @@ class SharedRing:
         self.edge, self.mine, self.theirs, self.group, self._owner = edge, mine, theirs, group, owner
         self.name = group.group_name
         self.peer = edge.dst if dist.get_rank(group) == edge.src else edge.src
+        extension = backend.extension
+        assert extension is not None
+        self._end = extension.RingEnd(mine, theirs, edge.num_slots, self.peer, self.name)
 
     def send(self, tensors: Sequence[torch.Tensor], tag: int = 0) -> None:
-        torch.ops.pypar.ring_send(tensors, self.mine, self.theirs, self.edge.num_slots, tag, self.peer, self.name)
+        self._end.send(tensors, tag)
 
     def recv(self) -> tuple[list[torch.Tensor], int]:
-        return torch.ops.pypar.ring_recv(self.mine, self.theirs, self.edge.num_slots, self.peer, self.name)
+        return self._end.recv()
 
     def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         where = (self.mine, self.theirs, self.edge.num_slots, self.peer, self.name)
