@@ -20,7 +20,7 @@ class GPTConfig:
 
 
 CONFIGS = {
-    "tiny": GPTConfig(2, 64, 4, 176, 256, 32),
+    "tiny": GPTConfig(4, 64, 4, 176, 256, 32),
     "small": GPTConfig(12, 512, 8, 1408),
     "large": GPTConfig(8, 1024, 16, 2816),
 }

@@ -23,7 +23,7 @@ PATIENCE = 2  # times --steps rounds at most; a step can outlast a regime, so th
 MODELS = """\
   small   12 layers, d 512, 8 heads, ff 1408: 43
   large   8 layers, d 1024, 16 heads, ff 2816: 111
-  tiny    2 layers, d 64: a smoke test; its times mean nothing"""
+  tiny    4 layers, d 64: a smoke test; its times mean nothing"""
 
 Limit = tuple[str, float]  # (">=", per cent)
 Ways = dict[str, Any]  # name of the variant -> way

@@ -14,6 +14,7 @@
 #include "comm/registry.h"
 #include "cpu/decide.h"
 #include "cpu/reduce.h"
+#include "cpu/ring.h"
 
 namespace py = pybind11;
 
@@ -119,9 +120,32 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("_set_default_timeout", &pypar::ProcessGroup::setTimeout, py::arg("timeout"))
       .def_property_readonly("hosts", &pypar::ProcessGroup::hosts, "ranks of the group by host")
       .def_property_readonly("spans_hosts", &pypar::ProcessGroup::spans_hosts)
+      .def(
+          "end", [](const pypar::ProcessGroup& self, const std::string& why) { self.communicator()->abort(why); },
+          py::arg("why"), "ends every wait of every rank of the group, which raise PeerError with `why`")
       .def_property_readonly(
           "calls", [](const pypar::ProcessGroup& self) { return self.communicator()->calls(); },
           "collectives that this rank has made in shared memory");
+
+  // The ops ring_send and ring_recv without what they look up and check in every call.
+  using pypar::RingEnd;
+  py::class_<RingEnd>(m, "RingEnd")
+      .def(py::init([](at::Tensor mine, at::Tensor theirs, int64_t num_slots, int64_t peer, const std::string& group) {
+             return pypar::with_python_errors([&] {
+               return std::make_unique<RingEnd>("RingEnd", std::move(mine), std::move(theirs), num_slots, peer, group);
+             });
+           }),
+           py::arg("mine"), py::arg("theirs"), py::arg("num_slots"), py::arg("peer"), py::arg("group_name"),
+           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "send",
+          [](const RingEnd& self, const std::vector<at::Tensor>& tensors, int64_t tag) {
+            pypar::with_python_errors([&] { self.send(tensors, tag); });
+          },
+          py::arg("tensors"), py::arg("tag"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "recv", [](const RingEnd& self) { return pypar::with_python_errors([&] { return self.recv(); }); },
+          py::call_guard<py::gil_scoped_release>());
 
   using pypar::Calibration;
   py::class_<Calibration>(m, "Calibration")

@@ -5,6 +5,7 @@ from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
 from pypar.mesh import init
 from pypar.ops import Calibration, calibrate, explain
+from pypar.pipeline_parallel import Pipeline
 from pypar.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -20,6 +21,7 @@ __all__ = [
     "ColumnParallelLinear",
     "DataParallel",
     "PeerError",
+    "Pipeline",
     "RowParallelLinear",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",

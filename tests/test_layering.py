@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "pypar.gradients": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend"},
     "pypar.data_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
     "pypar.zero": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
+    "pypar.pipeline_parallel": {"pypar.reference", "pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend"},
     "pypar.tensor_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.tensor_parallel"},
 }
 METHOD_ROOMS = ["data_parallel", "model_parallel", "pipeline_parallel", "tensor_parallel", "zero"]

@@ -39,6 +39,10 @@ size_t ring_region(int world) {
 
 }  // namespace
 
+void stall_at(int rank, uint32_t round) {
+  stall(rank, round);
+}
+
 Deadline Deadline::after(std::chrono::milliseconds timeout) {
   if (timeout.count() <= 0) return {};
   const auto ms = static_cast<uint64_t>(timeout.count());

@@ -11,6 +11,8 @@ from pypar.ops.keyed_dropout import keyed_dropout
 from pypar.ops.matmul_all_reduce import matmul_all_reduce
 from pypar.ops.matmul_reduce_scatter import matmul_reduce_scatter
 from pypar.ops.reduce_scatter import reduce_scatter
+from pypar.ops.ring_recv import ring_recv
+from pypar.ops.ring_send import ring_send
 from pypar.ops.vocab_cross_entropy import linear_vocab_cross_entropy, vocab_cross_entropy
 from pypar.ops.zero_gather import zero_gather
 from pypar.ops.zero_scatter import zero_scatter
@@ -32,6 +34,8 @@ __all__ = [
     "matmul_all_reduce",
     "matmul_reduce_scatter",
     "reduce_scatter",
+    "ring_recv",
+    "ring_send",
     "vocab_cross_entropy",
     "zero_gather",
     "zero_scatter",

@@ -1,0 +1,192 @@
+"""Which stage runs what: the blocks of a model, their costs, and where it is cut. No ranks, no groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import nn
+
+
+@dataclass
+class Part:
+    """A module that one stage runs whole: a block, or what lies outside of the blocks. cost: of its matmuls."""
+
+    name: str
+    module: nn.Module
+    is_block: bool
+    cost: int
+    stage: int = -1
+
+
+@dataclass
+class Cut:
+    """parts: all modules with parameters, each in one stage. shared: names of parameters that stand directly on a
+    module around the blocks, which every stage keeps. boundary[k]: name of stage k's block whose output goes on."""
+
+    num_stages: int
+    parts: list[Part]
+    boundary: list[str]
+    shared: list[str] = field(default_factory=list)
+
+    def of_stage(self, stage: int) -> list[Part]:
+        return [part for part in self.parts if part.stage == stage]
+
+    def table(self) -> str:
+        lines = []
+        for stage in range(self.num_stages):
+            blocks = [p.name for p in self.of_stage(stage) if p.is_block]
+            others = [p.name for p in self.of_stage(stage) if not p.is_block]
+            span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} ... {blocks[-1]}"
+            cost = sum(p.cost for p in self.of_stage(stage))
+            lines.append(f"stage {stage}: {len(blocks)} blocks ({span}), {', '.join(others) or '-'}; cost {cost:,}")
+        return "\n".join(lines)
+
+
+def cut(root: nn.Module, num_stages: int, split: str | Sequence[str] | Sequence[int] = "auto") -> Cut:
+    """Cuts `root` between its blocks: the entries of its outermost nn.ModuleLists and nn.Sequentials.
+
+    split  "auto": the stages' costs as equal as they go; numbers of blocks, one per stage; or names of the blocks with
+           which stages 1, 2, ... begin
+
+    What was registered before the blocks (an embedding) goes to stage 0, what came behind (a norm, a head) to the last.
+    Raises ValueError: no blocks, fewer than stages, a split that doesn't fit.
+    """
+    lists = list(_block_lists(root))
+    blocks = [
+        Part(f"{n}.{c}" if n else c, m, True, cost_of(m)) for n, list_ in lists for c, m in list_.named_children()
+    ]
+    if not blocks:
+        raise ValueError(
+            f"{type(root).__name__} has no list of blocks to cut it at: put its blocks into an nn.ModuleList or "
+            "nn.Sequential (an attribute such as 'layers', 'blocks', 'h')"
+        )
+    if num_stages > len(blocks):
+        raise ValueError(
+            f"{num_stages} stages for {len(blocks)} blocks ({blocks[0].name} ... {blocks[-1].name}): every stage needs "
+            f"one; use up to {len(blocks)} stages"
+        )
+    before, behind, shared = _others(root, blocks)
+    starts = _starts(blocks, num_stages, split, sum(p.cost for p in before), sum(p.cost for p in behind))
+    for index, block in enumerate(blocks):
+        block.stage = sum(index >= start for start in starts) - 1
+    for part in before:
+        part.stage = 0
+    for part in behind:
+        part.stage = num_stages - 1
+    boundary = [blocks[start - 1].name for start in starts[1:]]
+    return Cut(num_stages, [*before, *blocks, *behind], boundary, shared)
+
+
+def cost_of(module: nn.Module) -> int:
+    """Multiplications per token, about: the elements of its matrices, without those that are only looked up."""
+    looked_up = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1 and id(p) not in looked_up)
+
+
+def _block_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost lists whose entries hold parameters and are more than a bag of small things: of all such lists
+    those with at least a tenth of the parameters of the largest."""
+    if isinstance(root, nn.Sequential):
+        yield "", root
+        return
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in root.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name and not inside and len(module):
+            found.append((name, module))
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in found}
+    yield from ((name, m) for name, m in found if sizes[name] and 10 * sizes[name] >= max(sizes.values()))
+
+
+def _others(root: nn.Module, blocks: list[Part]) -> tuple[list[Part], list[Part], list[str]]:
+    """(parts before the blocks, behind them, names of parameters on modules that contain blocks)"""
+    names = {block.name for block in blocks}
+    outputs = _module_of(root, "get_output_embeddings")
+    inputs = _module_of(root, "get_input_embeddings")
+    before: list[Part] = []
+    behind: list[Part] = []
+    shared: list[str] = []
+    seen_blocks = False
+
+    def visit(module: nn.Module, name: str) -> None:
+        nonlocal seen_blocks
+        if name in names:
+            seen_blocks = True
+            return
+        if any(block.startswith(f"{name}.") or not name for block in names):
+            shared.extend(f"{name}.{n}" if name else n for n, _ in module.named_parameters(recurse=False))
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+        elif any(True for _ in module.parameters()):
+            is_behind = (seen_blocks or module is outputs) and module is not inputs
+            (behind if is_behind else before).append(Part(name, module, False, cost_of(module)))
+
+    visit(root, "")
+    return before, behind, shared
+
+
+def _module_of(root: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(root, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _starts(
+    blocks: list[Part], num_stages: int, split: str | Sequence[str] | Sequence[int], first: int, last: int
+) -> list[int]:
+    """Index of the block with which each stage begins."""
+    if isinstance(split, str):
+        if split != "auto":
+            raise ValueError(f"split={split!r}: give 'auto', numbers of blocks, or names of blocks")
+        return _balance([block.cost for block in blocks], num_stages, first, last)
+    given = list(split)
+    names = [block.name for block in blocks]
+    if all(isinstance(each, int) for each in given):
+        counts = [int(each) for each in split]
+        if len(counts) != num_stages or sum(counts) != len(blocks) or min(counts) < 1:
+            raise ValueError(
+                f"split={given}: needs {num_stages} numbers of 1 or more, one per stage, that add up to the "
+                f"{len(blocks)} blocks"
+            )
+        return [sum(counts[:stage]) for stage in range(num_stages)]
+    unknown = [each for each in given if each not in names]
+    if unknown:
+        raise ValueError(f"split: {unknown[0]!r} is no block; they are {names[0]} ... {names[-1]}")
+    starts = [0, *(names.index(str(each)) for each in given)]
+    if len(starts) != num_stages or any(a >= b for a, b in pairwise(starts)):
+        raise ValueError(
+            f"split={given}: needs {num_stages - 1} names in order, of the blocks with which stages 1 to "
+            f"{num_stages - 1} begin; stage 0 begins with {names[0]}"
+        )
+    return starts
+
+
+def _balance(costs: list[int], num_stages: int, first: int, last: int) -> list[int]:
+    """The contiguous cut whose dearest stage is cheapest; first and last are added to those stages. Of equal ones the
+    one with the earlier, larger stages."""
+    total = [0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+    count = len(costs)
+
+    def span(begin: int, end: int, stage: int) -> int:
+        more = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
+        return total[end] - total[begin] + more
+
+    # best[end] of the stages so far: (dearest, sum of squares, starts)
+    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
+    for stage in range(num_stages):
+        now: dict[int, tuple[int, int, list[int]]] = {}
+        for end in range(stage + 1, count - (num_stages - 1 - stage) + 1):
+            for begin, (dearest, squares, starts) in best.items():
+                if begin < end:
+                    cost = span(begin, end, stage)
+                    option = (max(dearest, cost), squares + cost * cost, [*starts, begin])
+                    if end not in now or option < now[end]:
+                        now[end] = option
+        best = now
+    return best[count][2]

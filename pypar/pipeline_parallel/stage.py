@@ -1,0 +1,152 @@
+"""The stages of a model on one rank: the model's own forward, of which each stage runs its part."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pypar.pipeline_parallel.ghost import ghost_of, is_ghost
+from pypar.pipeline_parallel.split import Cut, Part
+
+Payload = dict[str, Any]  # name of a module -> what it returned
+
+_BITS = 48
+OURS = 0x5050 << _BITS  # the upper bits of a forward's seed, by which a recomputation in backward finds it
+
+
+class Done(BaseException):
+    """The stage's last module has run: the rest of the model's forward is another stage's. Not an Exception, so that no
+    model catches it."""
+
+
+@dataclass
+class Pass:
+    """One forward of a stage on one micro-batch."""
+
+    stage: int
+    payload: Payload  # from the stage before
+    like: Any  # what a module of an earlier stage returned, as ghosts; None at stage 0
+    made: Payload = field(default_factory=dict)  # for the next stage
+
+
+class Stages:
+    """Runs the stages `here` of `root`, cut by `cut`, and takes all other parameters out of it.
+
+    Every stage calls the model's own forward with the micro-batch, so that masks, positions and whatever else the
+    model computes from its inputs are there. A module of an earlier stage returns what came from there: its output, if
+    it is the last one before the cut or named in `carry`, else a ghost. At the first module of a later stage the
+    forward ends.
+    """
+
+    def __init__(self, root: nn.Module, cut: Cut, here: set[int], carry: Sequence[str] = ()):
+        self.root, self.cut, self.here = root, cut, here
+        self.parts = {part.name: part for part in cut.parts}
+        unknown = [name for name in carry if name not in self.parts]
+        if unknown:
+            raise ValueError(f"carry: {unknown[0]!r} is no part of the model; they are {', '.join(self.parts)}")
+        self.carry = list(carry)
+        self.now: Pass | None = None
+        for part in cut.parts:
+            if part.stage not in here:
+                _strip(part.module)
+            part.module.forward = self._forward(part, part.module.forward)  # type: ignore[method-assign,assignment]
+
+    def leaves_behind(self, stage: int) -> list[str]:
+        """Modules whose outputs go from `stage` to the next."""
+        carried = [name for name in self.carry if self.parts[name].stage <= stage]
+        return list(dict.fromkeys([self.cut.boundary[stage], *carried]))
+
+    def run(self, stage: int, payload: Payload, call: Callable[[], Any], seed: int) -> Any:
+        """What call(), which calls the model, returns at the last stage; else what goes to the next one. payload: from
+        the stage before. seed: of everything random in this forward."""
+        is_last = stage == self.cut.num_stages - 1
+        like = None
+        if stage > 0:
+            like = pytree.tree_map_only(torch.Tensor, ghost_of, payload[self.cut.boundary[stage - 1]])
+        self.now = now = Pass(stage, payload, like)
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(OURS | seed)
+        try:
+            result = call()
+        except Done:
+            if is_last:
+                raise RuntimeError("internal: the last stage met a later one") from None
+            result = None
+        finally:
+            self.now = None
+            torch.default_generator.set_state(state)
+        if is_last:
+            return result
+        missing = [name for name in self.leaves_behind(stage) if name not in now.made and name not in payload]
+        if missing:
+            raise RuntimeError(
+                f"stage {stage}: the model's forward ended without calling '{missing[0]}'; cut it elsewhere (split=)"
+            )
+        return {name: now.made.get(name, payload.get(name)) for name in self.leaves_behind(stage)}
+
+    def _forward(self, part: Part, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            now = self.now
+            if now is None or part.stage == now.stage:
+                if part.stage not in self.here:
+                    raise RuntimeError(
+                        f"'{part.name}' is in stage {part.stage}, which is another rank's; call the Pipeline, not the "
+                        "model"
+                    )
+                return self._own(part, original, now, args, kwargs)
+            if part.stage > now.stage:
+                raise Done
+            if part.name in now.payload:
+                return now.payload[part.name]
+            if part.is_block:
+                return now.like
+            return next(leaf for leaf in pytree.tree_leaves(now.like) if is_ghost(leaf))
+
+        return forward
+
+    def _own(self, part: Part, original: Callable[..., Any], now: Pass | None, args: Any, kwargs: Any) -> Any:
+        if now is None:  # by itself, or computed again for a backward
+            return _with_seed(part, original, args, kwargs)
+        if any(is_ghost(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise RuntimeError(
+                f"stage {now.stage}: '{part.name}' reads a value of an earlier stage that isn't sent here. Of the "
+                f"earlier modules only {', '.join(now.payload)} came: name the one it comes from in carry=[...], or "
+                f"put '{part.name}' and that one into one stage (split=)"
+            )
+        if part.name in now.made:
+            raise RuntimeError(
+                f"stage {now.stage}: '{part.name}' runs twice in one forward; a pipeline can't cut there"
+            )
+        out = _with_seed(part, original, args, kwargs)
+        if now.stage < self.cut.num_stages - 1 and part.name in self.leaves_behind(now.stage):
+            now.made[part.name] = out
+        return out
+
+
+def _with_seed(part: Part, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Runs the part with random numbers that depend on the forward and on the part's name alone: not on what ran
+    before, nor on the rank. Activation checkpointing restores the generator of the forward, and so finds them again."""
+    seed = torch.default_generator.initial_seed()
+    if not part.module.training or seed >> _BITS << _BITS != OURS:
+        return original(*args, **kwargs)
+    digest = hashlib.blake2b(f"{seed} {part.name}".encode(), digest_size=7).digest()
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+    try:
+        return original(*args, **kwargs)
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _strip(module: nn.Module) -> None:
+    """Takes parameters and buffers out of a module that another rank runs."""
+    for each in module.modules():
+        for table in (each._parameters, each._buffers):
+            for name in table:
+                table[name] = None

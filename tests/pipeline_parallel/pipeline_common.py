@@ -1,0 +1,125 @@
+"""Models, batches and the reference of the pipeline tests."""
+
+import torch
+from torch import nn
+
+from pypar.pipeline_parallel.batch import causal_loss
+
+VOCAB, WIDTH, SEQ = 61, 16, 12
+SETTINGS = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.1}
+
+
+class Block(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH, bias=False)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, scale):
+        return x + self.drop(self.down(torch.tanh(self.up(self.norm(x))))) * scale
+
+
+class Own(nn.Module):
+    """An embedding, a parameter of its own, a list of blocks, a tied or untied head."""
+
+    def __init__(self, num_blocks=7, tied=False, dropout=0.0, skip=False):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        nn.init.normal_(self.embedding.weight, std=0.2)
+        self.position = nn.Parameter(torch.randn(SEQ, WIDTH) * 0.1)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.skip = skip
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, tokens):
+        scale = (tokens % 3 + 1).unsqueeze(-1) / 2.0  # computed from the inputs, on every stage
+        x = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        for index, block in enumerate(self.blocks):
+            x = block(x, scale)
+            if index == 0:
+                first = x
+        return self.head(self.norm(x + first if self.skip else x))
+
+
+def hf_llama(tied=False):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def hf_gpt2(tied=True):
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=7, n_head=4, n_positions=64, tie_word_embeddings=tied, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+MODELS = {
+    "own": lambda: Own(),
+    "own tied": lambda: Own(tied=True),
+    "llama": lambda: hf_llama(),
+    "llama tied": lambda: hf_llama(True),
+    "gpt2": lambda: hf_gpt2(False),
+    "gpt2 tied": lambda: hf_gpt2(),
+}
+
+
+def build(name):
+    torch.manual_seed(3)
+    return MODELS[name]()
+
+
+def batches(name, steps, size):
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for _ in range(steps):
+        tokens = torch.randint(VOCAB, (size, SEQ), generator=generator)
+        if name.startswith("own"):
+            found.append((tokens, tokens))
+        else:
+            mask = torch.ones(size, SEQ, dtype=torch.int64)
+            mask[:, -2:] = (torch.arange(size) % 3 > 0).long()[:, None]
+            labels = tokens.masked_fill(mask == 0, -100)
+            found.append({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def next_token_loss(output, targets):
+    """(sum, count)"""
+    return causal_loss(output, targets), targets[:, 1:].numel()
+
+
+def loss_of(model, batch):
+    if isinstance(batch, dict):
+        output = model(**{k: v for k, v in batch.items() if k != "labels"})
+        return causal_loss(output, batch["labels"]) / (batch["labels"][:, 1:] != -100).sum()
+    total, count = next_token_loss(model(batch[0]), batch[1])
+    return total / count
+
+
+def reference(name, steps, size):
+    """(losses, gradients of the last step, weights after all) of one process."""
+    model = build(name)
+    optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
+    losses = []
+    for batch in batches(name, steps, size):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False)}, model.state_dict()
