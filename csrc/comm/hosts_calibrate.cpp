@@ -1,13 +1,15 @@
 // What a group's links and matmuls reach: measured on all ranks at once, and the same numbers on all of them.
+//
+// All of it with the rows of all_gather_rows, as the fused matmuls move them: alone for the wire, beside a matmul for
+// what the transport takes from the cores that multiply. docs/design/0006 has the arithmetic.
 
 #include <algorithm>
 #include <cmath>
-#include <ctime>
 #include <limits>
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
+#include "comm/call.h"
 #include "comm/hosts.h"
 #include "comm/tensors.h"
 #include "pypar/signal.h"
@@ -16,11 +18,16 @@ namespace pypar {
 
 namespace {
 
-constexpr int64_t kLinkBytes = 4 << 20;  // out of each host; a burst of a shaped link is a fraction of it
-constexpr int kPings = 16;
-constexpr int kRepeats = 2;
-constexpr int kChunks = 8;
-constexpr int64_t kChunkBytes = 64 << 10;
+constexpr int64_t kWidth = 256;  // of a row, float32
+constexpr int64_t kRowBytes = kWidth * 4;
+constexpr int64_t kFewestRows = 512, kMostRows = 4096;  // of a host; a burst of a shaped link is a fraction
+constexpr int kPings = 16, kRepeats = 3, kRounds = 8;
+// Beside a matmul.
+constexpr double kWireS = 8e-3;        // of the rows, where there are enough
+constexpr double kMatmulOverWire = 2;  // the own host's rows alone outlast the wire
+constexpr int kFewChunks = 2, kManyChunks = 8;
+// Odd sizes multiply at half the speed.
+constexpr int64_t kBlockRows = 64, kColumnUnit = 64, kRowUnit = 16 * kManyChunks;
 constexpr int64_t kMatmulRows = 256, kMatmulCols = 512;
 
 // Coarse on purpose, so that two runs on one machine come to the same: steps of 2^(1/4).
@@ -28,18 +35,18 @@ double rounded(double value) {
   return std::exp2(std::round(std::log2(value) * 4) / 4);
 }
 
-// Of all threads of this process.
-double cpu_seconds() {
-  timespec now{};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
 template <typename Run>
 double seconds(Run&& run) {
   const uint64_t start = now_ns();
   run();
   return std::max(1e-9, static_cast<double>(now_ns() - start) * 1e-9);
+}
+
+// The lower quartile: other processes and a scheduler's bad luck only ever add.
+double typical(std::vector<double> values) {
+  const auto at = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 4);
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
 }
 
 // Seconds per operation.
@@ -55,56 +62,79 @@ double matmul_time(at::ScalarType type) {
 
 Calibration Hosts::measure(Deadline deadline) {
   at::NoGradGuard no_grad;
-  const auto num_hosts = static_cast<int>(hosts_.size());
-  const int lanes = equal_ ? local_.world() : 1;  // links that a host uses at once
-  // Of the slowest rank, so that all of them come to the same.
+  const auto num_hosts = static_cast<int64_t>(hosts_.size());
+  int64_t most_ranks = 1;  // on a host
+  for (const auto& host : hosts_) most_ranks = std::max(most_ranks, static_cast<int64_t>(host.size()));
+  const at::Tensor own = at::zeros({kMostRows, kWidth}, at::kFloat);
+  auto gather = [&](int64_t rows, int num_chunks, const Communicator::ConsumeRows& consume) {  // rows: of each rank
+    const std::vector<int64_t> counts(static_cast<size_t>(size_), rows);
+    barrier(deadline);
+    return seconds([&] { all_gather_rows(own.data_ptr(), counts, kWidth, num_chunks, consume, deadline, DType::f32); });
+  };
+  auto nothing = [](int, int64_t, int64_t, const void*) {
+  };
+  // Of the slowest rank, so that all of them come to the same, also to the same sizes below.
   at::Tensor slowest = at::zeros({8}, at::kDouble);
   auto* times = slowest.data_ptr<double>();
-  at::Tensor from = at::zeros({kLinkBytes}, at::kByte), to = at::empty({kLinkBytes}, at::kByte);
-  auto shift = [&](int64_t bytes, const std::function<void()>& meanwhile) {  // each host sends to the next one
-    if (!inner_.across) return meanwhile ? meanwhile() : void();
-    std::vector<int64_t> sends(static_cast<size_t>(num_hosts), 0), receives = sends;
-    sends[static_cast<size_t>((host_ + 1) % num_hosts)] = bytes;
-    receives[static_cast<size_t>((host_ + num_hosts - 1) % num_hosts)] = bytes;
-    at::Tensor input = from.narrow(0, 0, bytes), output = to.narrow(0, 0, bytes);
-    swap(*inner_.across, output, receives, input, sends, deadline, meanwhile);
-  };
   times[0] = times[1] = std::numeric_limits<double>::max();
-  for (int i = 0; i < kPings; ++i) {
-    barrier(deadline);
-    times[0] = std::min(times[0], seconds([&] { shift(8, nullptr); }));
-  }
-  double cpu_s = 0;
-  for (int i = 0; i < kRepeats; ++i) {
-    barrier(deadline);
-    const double before = cpu_seconds();
-    const double wall_s = seconds([&] { shift(kLinkBytes / lanes, nullptr); });
-    if (wall_s >= times[1]) continue;
-    times[1] = wall_s, cpu_s = cpu_seconds() - before;
-  }
-  // Idle cores take the transport's work; where there are too few of them, the matmuls wait.
-  const int computing = local_.world() * at::get_num_threads();
-  const bool spare = local_.mesh().num_cores >= computing + local_.world();
-  times[7] = spare ? 0 : std::min(1.0, cpu_s / times[1]);
+  for (int i = 0; i < kPings; ++i) times[0] = std::min(times[0], gather(1, 1, nothing) / 2);  // they agree, then rows
+  for (int i = 0; i < kRepeats; ++i) times[1] = std::min(times[1], gather(kMostRows / most_ranks, 1, nothing));
+  times[1] = std::max(1e-9, times[1] - 2 * times[0]);
   barrier(deadline);
   times[2] = matmul_time(at::kFloat);
   times[3] = matmul_time(at::kDouble);
   times[4] = matmul_time(at::kBFloat16);
   times[5] = matmul_time(at::kHalf);
-  const auto a = at::ones({kMatmulRows, kMatmulCols}, at::kFloat), b = at::ones({kMatmulCols, kMatmulCols}, at::kFloat);
-  at::Tensor out = at::mm(a, b);
-  barrier(deadline);
-  const double busy_s = seconds([&] {
-    for (int i = 0; i < kChunks; ++i) shift(kChunkBytes / lanes, [&] { at::mm_out(out, a, b); });
-  });
-  const double matmul_s = times[2] * 2.0 * kMatmulRows * kMatmulCols * kMatmulCols;
-  times[6] = std::max(times[0] / 2, busy_s / kChunks - matmul_s);
   all_reduce(slowest, ReduceOp::max, deadline);
+  const double latency_s = times[0], most_bytes = static_cast<double>((num_hosts - 1) * kMostRows * kRowBytes);
+  const double bytes_per_s = most_bytes / times[1];
+
+  // The same rows alone, a matmul alone, and both at once in few and in many chunks.
+  const double far_row_s = static_cast<double>((num_hosts - 1) * kRowBytes) / bytes_per_s;
+  const int64_t host_rows = std::clamp(static_cast<int64_t>(kWireS / far_row_s), kFewestRows, kMostRows);
+  const int64_t per_rank = host_rows / most_ranks, rows = std::max(kRowUnit, per_rank / kRowUnit * kRowUnit);
+  const double row_flop_s = 2.0 * static_cast<double>(kWidth) * times[2];  // of one row and one column
+  const double columns = kMatmulOverWire * static_cast<double>(rows * most_ranks) * far_row_s /
+                         (row_flop_s * static_cast<double>(rows * size_));
+  const int64_t units = std::clamp(static_cast<int64_t>(std::lround(columns / kColumnUnit)), int64_t{1}, int64_t{128});
+  const at::Tensor w = at::zeros({units * kColumnUnit, kWidth}, at::kFloat);
+  const at::Tensor y = at::empty({kBlockRows, w.size(0)}, at::kFloat);
+  // In blocks, so that it takes as long however the rows are cut.
+  auto multiply = [&](int, int64_t, int64_t num, const void* data) {
+    for (int64_t first = 0; first < num; first += kBlockRows) {
+      const int64_t n = std::min(kBlockRows, num - first);
+      at::Tensor out = y.narrow(0, 0, n);
+      at::mm_out(out, at::from_blob(const_cast<std::byte*>(offset(data, first * kRowBytes)), {n, kWidth}, at::kFloat),
+                 w.t());
+    }
+  };
+  auto alone = [&] {  // and until all ranks have done it, as in a gather
+    barrier(deadline);
+    return seconds([&] {
+      for (int r = 0; r < size_; ++r) multiply(r, 0, rows, own.data_ptr());
+      barrier(deadline);
+    });
+  };
+  alone();
+  std::vector<double> matmul, few, many, wire;
+  for (int i = 0; i < kRounds; ++i) {
+    matmul.push_back(alone());
+    few.push_back(gather(rows, kFewChunks, multiply));
+    many.push_back(gather(rows, kManyChunks, multiply));
+    wire.push_back(gather(rows, 1, nothing) - 2 * latency_s);
+  }
+  at::Tensor beside = at::zeros({4}, at::kDouble);
+  auto* costs = beside.data_ptr<double>();
+  costs[0] = typical(matmul), costs[1] = typical(few), costs[2] = typical(many), costs[3] = typical(wire);
+  all_reduce(beside, ReduceOp::max, deadline);
+  const double chunk_s = std::max(latency_s / 2, (costs[2] - costs[1]) / (kManyChunks - kFewChunks));
+  const double wire_cpu = (costs[1] - costs[0] - kFewChunks * chunk_s) / std::max(1e-9, costs[3]);
+
   Calibration agreed;
-  agreed.latency_s = rounded(times[0]);
-  agreed.bytes_per_s = rounded(kLinkBytes / std::max(1e-9, times[1] - times[0]));
-  agreed.chunk_s = rounded(times[6]);
-  agreed.wire_cpu = std::round(times[7] * 8) / 8;
+  agreed.latency_s = rounded(latency_s);
+  agreed.bytes_per_s = rounded(bytes_per_s);
+  agreed.chunk_s = rounded(chunk_s);
+  agreed.wire_cpu = std::round(std::clamp(wire_cpu, 0.0, 1.0) * 8) / 8;
   agreed.float32_flops = rounded(1 / times[2]);
   agreed.float64_flops = rounded(1 / times[3]);
   agreed.bfloat16_flops = rounded(1 / times[4]);

@@ -22,6 +22,9 @@ from pypar.reference.vocab_cross_entropy import (
 
 # Rows of logits that exist at once: enough that a pass over dweight is small beside the matmul that adds to it.
 CHUNK_ROWS = 512
+# Up to here the logits are kept and backward finds the gradients: a gradient of the weight that forward makes and
+# backward scales is one more pass over it, which is longer than one over few rows of logits.
+FEW_ROWS = 256
 
 
 def _fake(logits: torch.Tensor, target: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
@@ -97,6 +100,43 @@ class _VocabCrossEntropy(torch.autograd.Function):
         logits, target, stats = ctx.saved_tensors
         dlogits = torch.ops.pypar.vocab_cross_entropy_dlogits(logits, target, stats, grads[0], *ctx.shared)
         return dlogits, None, None, None
+
+
+def _are_few(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """What doesn't fit is left to the op, which says so."""
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and hidden.dtype == weight.dtype
+    return fits and len(hidden) <= FEW_ROWS
+
+
+class _FewRows(torch.autograd.Function):
+    """linear_vocab_cross_entropy of logits that are kept for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        target: torch.Tensor,
+        shared: tuple[list[int] | None, int, float, str],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = hidden @ weight.t()
+        loss, count, stats = torch.ops.pypar.vocab_cross_entropy(logits, target, *shared)
+        ctx.save_for_backward(hidden, weight, logits, target, stats)
+        ctx.shared = shared
+        ctx.mark_non_differentiable(count)
+        return loss, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        hidden, weight, logits, target, stats = ctx.saved_tensors
+        dlogits = torch.ops.pypar.vocab_cross_entropy_dlogits(logits, target, stats, grads[0], *ctx.shared)
+        dhidden, dweight = None, None
+        if ctx.needs_input_grad[0]:
+            dhidden = torch.ops.pypar.matmul_all_reduce([dlogits], [weight.t()], None, None, ctx.shared[-1])
+        if ctx.needs_input_grad[1]:
+            dweight = dlogits.t() @ hidden
+        return dhidden, dweight, None, None
 
 
 class _LinearVocabCrossEntropy(torch.autograd.Function):
@@ -178,14 +218,15 @@ def linear_vocab_cross_entropy(
     """vocab_cross_entropy of hidden @ weight.T, of which only chunk_rows rows exist at a time.
 
     The loss is one number, so its gradients with respect to hidden and weight are known up to the factor dloss_sum as
-    soon as the logits are. Forward makes them chunk by chunk, while the logits are at hand; backward multiplies.
+    soon as the logits are. Forward makes them chunk by chunk, while the logits are at hand; backward multiplies. But
+    up to 256 rows, without chunk_rows and determinism "layout", keep their logits, and backward finds the gradients.
 
     Shapes         hidden [T, K] and target [T] the same on every rank, weight [V_r, K] sharded over V as sizes says;
                    loss_sum and count as vocab_cross_entropy
     Backward       dhidden = the sum over ranks of dlogits @ weight, summed in forward; dweight = dlogits.T @ hidden, of
                    the own rows. Neither is made where nothing needs it, so evaluation costs one matmul
     Communicates   3 numbers per row, once per chunk; dhidden all-reduced once, T * K
-    Saves          dhidden; dweight, float32 for half types
+    Saves          dhidden; dweight, float32 for half types. Up to 256 rows: hidden, weight, logits
     Concurrency    one call at a time per group, in the same order on every rank
     Numerics       as the unchunked form, of logits that are rounded to the dtype; dweight adds its chunks in float32,
                    is scaled there and rounded once. determinism "layout": also logits and dweight as fixed_matmul,
@@ -198,12 +239,15 @@ def linear_vocab_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    shared = (sizes, ignore_index, label_smoothing)
+    if chunk_rows is None and determinism == "run" and _are_few(hidden, weight):
+        return _FewRows.apply(hidden, weight, target, (*shared, name_of(group)))
     needs = torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     return _LinearVocabCrossEntropy.apply(
         hidden,
         weight,
         target,
-        (sizes, ignore_index, label_smoothing),
+        shared,
         CHUNK_ROWS if chunk_rows is None else chunk_rows,
         needs,
         name_of(group),

@@ -22,7 +22,7 @@ def check_linear(rank, world):
             exact = [t.double().clone().requires_grad_() for t in (hidden, weight)]
             factor = 0.25
             (torch_loss(exact[0] @ exact[1].t(), target, 0.1) * factor).backward()
-            for chunk_rows in (1, 4, 1000):
+            for chunk_rows in (1, 4, 1000, None):
                 x, w = hidden.clone().requires_grad_(), own(weight, rank, sizes, 0).clone().requires_grad_()
                 loss, count = linear_vocab_cross_entropy(x, w, target, None, sizes, IGNORED, 0.1, chunk_rows)
                 (loss * factor).backward()
