@@ -104,14 +104,13 @@ def _weight_grad(slot: Slot, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor 
             return None  # backward(inputs=...) without this parameter
     except RuntimeError:  # autograd.grad(..., param): the gradient is returned, not accumulated
         return dy.t().mm(x)
-    if slot.prepare is not None and not slot.prepare(slot):
-        return dy.t().mm(x)
+    has_place = slot.prepare is None or slot.prepare(slot)
     grad = param.grad
-    if grad is None:
+    if grad is None and has_place:
         torch.mm(dy.t(), x, out=slot.view)
         param.grad = slot.view
         return None
-    if slot.is_home(grad):
-        slot.view.addmm_(dy.t(), x)
+    if grad is not None and grad.layout is torch.strided and grad.dtype == x.dtype:
+        grad.addmm_(dy.t(), x)  # wherever it lies, so that its bits don't depend on that
         return None
     return dy.t().mm(x)
