@@ -35,6 +35,7 @@ class Engine:
     def __init__(self, stages: Stages, queue: WeightQueue, channels: dict[Link, Channel], copies: bool):
         self.stages, self.queue, self.channels, self.copies = stages, queue, channels, copies
         self.call = Caller(stages.root)
+        self.has_targets = self.trains = True
         self.local: dict[tuple[Link, int], Any] = {}
         self.saved: dict[Key, Saved] = {}
         self.outputs: dict[int, Any] = {}
@@ -47,11 +48,12 @@ class Engine:
         losses: Losses | None,
         seed: Callable[[int], int],
         has_targets: bool = True,
+        trains: bool = True,
     ) -> None:
-        """All of this rank's actions. parts: the micro-batches. losses: None for a forward without gradient, whose
-        results are then in `outputs`. seed(micro_batch): of its forward. has_targets: parts are pairs or dicts, as
-        train_step takes them; else what the model takes."""
-        self.has_targets = has_targets
+        """All of this rank's actions. parts: the micro-batches. losses: None for a forward whose results are then in
+        `outputs`. seed(micro_batch): of its forward. has_targets: parts are pairs or dicts, as train_step takes them;
+        else what the model takes. trains: with gradients; never without losses."""
+        self.has_targets, self.trains = has_targets, trains and losses is not None
         self.saved, self.local, self.outputs = {}, {}, {}
         self.queue.clear()
         try:
@@ -105,7 +107,7 @@ class Engine:
     def _forward(self, stage: int, micro_batch: int, part: Any, losses: Losses | None, seed: int) -> None:
         payload: Payload = self._receive(Link(stage - 1, FORWARD), micro_batch) if stage > 0 else {}
         received = [leaf for leaf in pytree.tree_leaves(payload) if isinstance(leaf, torch.Tensor)]
-        with torch.set_grad_enabled(losses is not None):
+        with torch.set_grad_enabled(self.trains):
             result = self.stages.run(stage, payload, lambda: self.call(part, self.has_targets), seed)
             if stage == self.stages.cut.num_stages - 1:
                 if losses is None:
@@ -114,8 +116,9 @@ class Engine:
                 outputs = [losses.add(result, part)]
             else:
                 self._send(Link(stage, FORWARD), micro_batch, result)
-                if losses is None:
-                    return
+            if not self.trains:
+                return
+            if stage < self.stages.cut.num_stages - 1:
                 outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
                 outputs = [leaf for leaf in outputs if leaf.requires_grad]
         inputs = [leaf for leaf in received if leaf.requires_grad]

@@ -84,6 +84,10 @@ class Pipeline(nn.Module):
         if init_sync and self.world_size > 1:
             tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
             dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
+        # Of every second name of a parameter, the first.
+        first_name = {id(p): n for n, p in module.named_parameters()}
+        every = module.named_parameters(remove_duplicate=False)
+        self.aliases = {n: first_name[id(p)] for n, p in every if first_name[id(p)] != n}
         self._tied = find_tied(module, self.cut, first.rank_of, self.world_size, self.rank)
         self._tied_gradients = TiedGradients(self._tied, group)
         self._queue = WeightQueue()
@@ -114,6 +118,11 @@ class Pipeline(nn.Module):
                  language-model loss of batch["labels"] (shifted inside, -100 ignored), the mean over the batch's tokens
         """
         return self._guarded(lambda: self._train_step(batch, loss_fn))
+
+    @torch.no_grad()
+    def eval_step(self, batch: Any, loss_fn: LossFn | None = None) -> torch.Tensor:
+        """The mean loss of a batch, as train_step's, without gradient; on every rank."""
+        return self._guarded(lambda: self._eval_step(batch, loss_fn))
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,6 +175,17 @@ class Pipeline(nn.Module):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The module's state_dict as it was before it was cut, on rank 0; empty elsewhere. Collective."""
         return gather(self.module.state_dict(keep_vars=False), self.group)
+
+    def full_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
+        """{name of a parameter: its state}, of an optimizer over parameters() of every rank, on rank 0; empty
+        elsewhere. Collective."""
+        named = self.module.named_parameters()
+        mine = {f"{k}.{n}": v for n, p in named for k, v in optimizer.state.get(p, {}).items() if torch.is_tensor(v)}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for full, value in gather(mine, self.group).items():
+            key, _, name = full.partition(".")
+            found.setdefault(name, {})[key] = value
+        return found
 
     def full_gradients(self) -> dict[str, torch.Tensor]:
         """{name: gradient} of all parameters that have one, on rank 0; empty elsewhere. Collective."""
@@ -258,6 +278,22 @@ class Pipeline(nn.Module):
         parts = cut_batch(batch, min(self.micro_batches, size_of(batch)))
         seed = self._agree(signature(batch))
         self._size_rings(parts[0], seed, has_targets=False)
+        engine = self._forward_only(parts, None, seed, has_targets=False)
+        outputs = [engine.outputs[i] for i in range(len(parts))] if self.rank == self._last_rank else []
+        return self._from_last(outputs)
+
+    def _eval_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
+        losses = Losses.of(batch, loss_fn)
+        parts = cut_batch(batch, min(self.micro_batches, size_of(batch)))
+        seed = self._agree(signature(batch))
+        self._size_rings(parts[0], seed, has_targets=True)
+        self._forward_only(parts, losses, seed, has_targets=True)
+        mean = torch.tensor(losses.mean, dtype=torch.float64)
+        dist.broadcast(mean, group=self.group, group_src=self._last_rank)
+        return mean.float()
+
+    def _forward_only(self, parts: list[Any], losses: Losses | None, seed: int, has_targets: bool) -> Engine:
+        """A stage runs all micro-batches before the next one of its rank."""
         count = len(parts)
         everyone = tuple(
             tuple(Action(s, "F", i) for s in range(self.cut.num_stages) if self._rank_of(s) == r for i in range(count))
@@ -265,8 +301,8 @@ class Pipeline(nn.Module):
         )
         schedule = Schedule("forward", self.world_size, count, self._ranks, everyone)
         engine = self._engine(self.schedule_of(self.micro_batches))
-        engine.run(schedule, self.rank, parts, None, lambda i: seed + i, has_targets=False)
-        return self._from_last([engine.outputs[i] for i in range(count)] if self.rank == self._last_rank else [])
+        engine.run(schedule, self.rank, parts, losses, lambda i: seed + i, has_targets, trains=False)
+        return engine
 
     def _from_last(self, outputs: list[Any]) -> Any:
         """The outputs of the micro-batches joined, on every rank."""

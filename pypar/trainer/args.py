@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pypar.pipeline_parallel.generators import NAMES
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError
 from pypar.trainer.presets import PRESETS
@@ -17,6 +18,7 @@ examples:
   pypar train --tp 2 --model llama-small              each rank holds half of the model
   pypar train --dp 2 --tp 2                           four ranks: two halves of the model, twice
   pypar train --dp 2 --zero 3                         each rank keeps half of AdamW's moments, gradients and weights
+  pypar train --pp 2 --schedule zbv                   each rank has some of the layers
   pypar train --resume                                go on with the newest run
   pypar train --model path/to/saved/model --data corpus/ --lr 1e-4
   torchrun --nproc-per-node 4 -m pypar train --tp 2   the ranks of torchrun: dp 2 x tp 2
@@ -84,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
         "the --dp ranks share out the optimizer's states (1), the gradients too (2), the parameters too (3)",
         "STAGE",
     )
+    _add(group, "pp", int, "ranks of a pipeline, each with some of the model's layers; by itself for now")
+    _add(group, "schedule", str, f"with --pp: {', '.join(NAMES)}", "NAME")
+    _add(group, "micro_batches", int, "with --pp: parts of a batch that go through the pipeline one behind the other")
     group.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,

@@ -19,7 +19,8 @@ class TrainConfig:
 
     batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
     dp: copies of the model, which share the batch. tp: ranks that share one copy. zero: the stage of ZeRO over
-    the dp ranks, 0 for none. Paths are absolute once `prepare` has seen them; None stands for "decide for me".
+    the dp ranks, 0 for none. pp: ranks of a pipeline, which runs a batch in micro_batches. Paths are absolute once
+    `prepare` has seen them; None stands for "decide for me".
     """
 
     model: str = "llama-tiny"
@@ -45,6 +46,9 @@ class TrainConfig:
     dp: int = 1
     tp: int = 1
     zero: int = 0
+    pp: int = 1
+    schedule: str = "1f1b"
+    micro_batches: int = 4
     sequence_parallel: bool = True
     backend: str | None = None
     device: str = "auto"
@@ -72,7 +76,7 @@ class TrainConfig:
         return cls(**known)
 
     def world_size(self) -> int:
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     def micro_batch(self) -> int:
         """Sequences that the busiest rank runs at once."""
@@ -95,12 +99,22 @@ def flag(name: str) -> str:
 
 def check(config: TrainConfig, max_ranks: int | None = None) -> None:
     """Raises TrainError for a value that can't work. max_ranks: default 8 per core."""
-    for name in ("seq_len", "batch_size", "accumulate", "steps", "dp", "tp", "keep", "log_every"):
+    for name in (
+        "seq_len", "batch_size", "accumulate", "steps", "dp", "tp", "pp", "micro_batches", "keep", "log_every",
+    ):  # fmt: skip
         _at_least(config, name, 1)
     for name in ("warmup", "eval_every", "eval_batches", "save_every", "sample_tokens", "seed"):
         _at_least(config, name, 0)
     if config.zero not in (0, 1, 2, 3):
         raise TrainError(f"--zero must be 1, 2 or 3, or 0 for none, got {config.zero}")
+    if config.pp > 1:
+        beside = [f"--{n} {v}" for n, v, none in (("dp", config.dp, 1), ("tp", config.tp, 1), ("zero", config.zero, 0),
+                                                 ("accumulate", config.accumulate, 1)) if v != none]  # fmt: skip
+        if beside:
+            raise TrainError(
+                f"--pp {config.pp} does not work with {beside[0]} yet: leave one of them out"
+                + ("; --micro-batches splits a batch" if "accumulate" in beside[0] else "")
+            )
     if config.threads is not None:
         _at_least(config, "threads", 1)
     for name in ("lr", "eps", "temperature"):
@@ -115,8 +129,8 @@ def check(config: TrainConfig, max_ranks: int | None = None) -> None:
         _between(config, "dropout", 0.0, 1.0, open_high=True)
     limit = MAX_RANKS_PER_CORE * cores() if max_ranks is None else max_ranks
     if config.world_size() > limit:
-        given = " x ".join(f"--{n} {v}" for n, v in (("dp", config.dp), ("tp", config.tp)) if v > 1)
-        name = "tp" if config.dp == 1 else "dp"
+        given = " x ".join(f"--{n} {v}" for n, v in (("dp", config.dp), ("tp", config.tp), ("pp", config.pp)) if v > 1)
+        name = "pp" if config.pp > 1 else "tp" if config.dp == 1 else "dp"
         rest = " and leave out --tp" if config.dp > 1 and config.tp > 1 else ""
         raise TrainError(
             f"{given} is more than {MAX_RANKS_PER_CORE} ranks for each of the {cores()} cores here: "

@@ -20,6 +20,7 @@ from pypar.trainer.layout import Layout
 from pypar.trainer.loss import TokenLoss
 from pypar.trainer.metrics import Metrics, read
 from pypar.trainer.optimizer import learning_rate, make_optimizer
+from pypar.trainer.pipeline import PipelineRun
 from pypar.trainer.prepare import Job
 from pypar.trainer.progress import Progress
 from pypar.trainer.ranks import Ranks
@@ -38,11 +39,12 @@ class Trainer:
             self.cache, self.config.seq_len, self.config.val_fraction, self.config.seed
         )
         self.order = data.Order(self.train_data.num_sequences, self.config.seed)
-        self.layout = Layout.make(ranks, self.config.tp)
+        self.layout = Layout.make(ranks, self.config.tp, self.config.pp)
         self.step = 0
         self.position = 0
         self.module = ranks.agree(self._make_module)
         self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        self.pipeline = PipelineRun(self.module, self.config) if self.layout.pp > 1 else None
         model.cut(self.module, self.layout, self.config.sequence_parallel)
         self.token_loss = TokenLoss(self.module, self.layout.tp_group)
         self.clip = Clip(self.module, self.layout)
@@ -99,17 +101,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         own = data.share(self.order.take(self.position, config.batch_size), layout.dp_rank, layout.dp)
-        # DataParallel averages over dp ranks; times dp makes that a sum of this rank's share of the mean.
-        scale = layout.dp / (config.batch_size * config.seq_len)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        for part in range(config.accumulate):
-            last = part == config.accumulate - 1
-            with nullcontext() if last or layout.dp == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                part_sum = self._loss_sum(self.parallel, self.train_data, data.share(own, part, config.accumulate))
-                (part_sum * scale).backward()
-            loss_sum += part_sum.detach()
-        loss = self._total(loss_sum) / (config.batch_size * config.seq_len)
-        norm = self.clip(self.zero, config.clip or math.inf)
+        loss = self._backward(own)
+        norm = self._clip()
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             raise TrainError(
@@ -120,6 +113,28 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
+
+    def _backward(self, own: Sequence[int]) -> float:
+        """Gradients of this rank's sequences; the mean loss over the global batch."""
+        config, layout = self.config, self.layout
+        if self.pipeline is not None:
+            with self._autocast():
+                return self.pipeline.train_step(*data.batch(self.train_data, own, self.ranks.device))
+        # DataParallel averages over dp ranks; times dp makes that a sum of this rank's share of the mean.
+        scale = layout.dp / (config.batch_size * config.seq_len)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for part in range(config.accumulate):
+            last = part == config.accumulate - 1
+            with nullcontext() if last or layout.dp == 1 else self.parallel.no_sync():  # type: ignore[operator]
+                part_sum = self._loss_sum(self.parallel, self.train_data, data.share(own, part, config.accumulate))
+                (part_sum * scale).backward()
+            loss_sum += part_sum.detach()
+        return self._total(loss_sum) / (config.batch_size * config.seq_len)
+
+    def _clip(self) -> float:
+        """The norm of the gradient before clipping."""
+        most = self.config.clip or math.inf
+        return self.clip(self.zero, most) if self.pipeline is None else self.pipeline.pipeline.clip_grad_norm_(most)
 
     def _total(self, own: torch.Tensor) -> float:
         """The sum over the dp ranks' data, the same bits on every rank of the job."""
@@ -153,12 +168,16 @@ class Trainer:
             self.module.eval()
             for part in range(passes):
                 mine = own[part * size : (part + 1) * size]
-                if mine:
+                if mine and self.pipeline is not None:
+                    with self._autocast():
+                        loss_sum += self.pipeline.eval_sum(*data.batch(self.val_data, mine, self.ranks.device))
+                elif mine:
                     loss_sum += self._loss_sum(self.module, self.val_data, mine)
                 elif config.zero == 3:  # a forward pass may gather parameters from every rank: for company
                     self._loss_sum(self.module, self.val_data, list(chosen[:1]))
             self.module.train()
-            loss = self._total(loss_sum) / (number * config.seq_len)
+            total = float(loss_sum) if self.pipeline is not None else self._total(loss_sum)
+            loss = total / (number * config.seq_len)
         if metrics:
             metrics.add("val", self.step, loss=loss)
         progress.say(f"step {self.step}/{config.steps}  validation loss {loss:.4f}")
@@ -166,7 +185,7 @@ class Trainer:
     def save(self) -> None:
         """The checkpoint of this step, written by rank 0. Collective; when it fails, every rank raises TrainError."""
         # The ranks of a tp group are in the same state: one of each dp rank.
-        states = self.ranks.gather(rng.capture(self.ranks.device))[:: self.layout.tp]
+        states = self.ranks.gather(rng.capture(self.ranks.device))[:: self.layout.tp * self.layout.pp]
 
         def fill(folder: Path, full: Full) -> None:
             save_model(full, self.job.model, folder)
@@ -201,18 +220,24 @@ class Trainer:
     def _full(self) -> Iterator[Full | None]:
         """Within the block, on the ranks of the first copy of the model. Collective."""
         is_first, is_cut = self.layout.dp_rank == 0, self.layout.tp > 1
+        if self.pipeline is not None:
+            yield self.pipeline.full(self.optimizer)
+            return
         if self.zero is None:
-            yield Full(self.module, self.optimizer, is_cut) if is_first else None
+            yield Full.of(self.module, self.optimizer, is_cut) if is_first else None
             return
         states = self.zero.optimizer.full_state(dst=0)
         with self.zero.full_params():
-            yield Full(self.module, unsharded(self.module, states), is_cut) if is_first else None
+            yield Full.of(self.module, unsharded(self.module, states), is_cut) if is_first else None
 
     def _resume(self, path: Path) -> None:
         """All but the weights, which _make_module has loaded."""
         state = checkpoint.read_state(path)
         # ZeRO's wrapper copies its shards: until then the states may lie in the file.
-        load_optimizer(self.optimizer, self.module, path, borrow=self.config.zero > 0 and self.layout.tp == 1)
+        borrow = self.config.zero > 0 and self.layout.tp == 1
+        load_optimizer(
+            self.optimizer, self.module, path, borrow, None if self.pipeline is None else self.pipeline.part_of
+        )
         self.step, self.position = state["step"], state["position"]
         layout = self.layout
         if len(state["rng"]) == layout.dp:

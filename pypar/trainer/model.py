@@ -17,7 +17,7 @@ from pypar.trainer.layout import Layout
 from pypar.trainer.presets import PRESETS
 
 EXTRA = ("transformers", "tokenizers", "safetensors", "tensorboard", "matplotlib", "tqdm")
-_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 # Written by transformers about the file, not about the model.
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 
@@ -76,7 +76,7 @@ def describe(model: str, vocab_size: int, end: int, seq_len: int, dropout: float
     transformers = _transformers()
     if model in PRESETS:
         values: dict[str, Any] = dict(PRESETS[model])
-        context = next(name for name in _CONTEXT_NAMES if name in values)
+        context = next(name for name in CONTEXT_NAMES if name in values)
         values[context] = max(values[context], seq_len)
         values |= {"vocab_size": vocab_size, "bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
         config = transformers.AutoConfig.for_model(**values)
@@ -88,7 +88,7 @@ def describe(model: str, vocab_size: int, end: int, seq_len: int, dropout: float
             f"--model {model} has a vocabulary of {found['vocab_size']}, the tokens need {vocab_size}: "
             "give the model's own --tokenizer, or raise vocab_size in its config"
         )
-    longest = next((found[name] for name in _CONTEXT_NAMES if isinstance(found.get(name), int)), seq_len)
+    longest = next((found[name] for name in CONTEXT_NAMES if isinstance(found.get(name), int)), seq_len)
     if longest < seq_len:
         raise TrainError(f"--seq-len {seq_len} is longer than the {longest} positions of --model {model}")
     if dropout is not None:

@@ -23,6 +23,7 @@ from pypar.trainer.model import (
     same_model,
     weights_folder,
 )
+from pypar.trainer.pipeline import check_pipeline
 from pypar.trainer.presets import PRESETS
 from pypar.trainer.tokens import load_tokens
 
@@ -72,6 +73,7 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
         weights = weights_folder(config.model)
         model = describe(config.model, tokens.vocab_size, tokens.end, config.seq_len, config.dropout)
     check_tensor_parallel(config.model, model, config.tp, config.sequence_parallel)
+    check_pipeline(config.model, model, config)
     _check_backend(config.backend)
     folder = Path(config.cache_dir) if config.cache_dir else cache.default_folder()
     built = cache.build(config.data, tokens, folder)
@@ -90,6 +92,10 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
 
 def _dp_of(config: TrainConfig, dp: int | None, world_size: int) -> int:
     """The data-parallel ranks among the world_size ranks of torchrun. dp: what the command line says, if anything."""
+    if config.pp > 1:
+        if config.pp != world_size:
+            raise TrainError(f"--pp {config.pp}, but torchrun started {world_size} ranks: use --pp {world_size}")
+        return 1
     if config.tp < 1 or world_size % config.tp:
         fit = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
         raise TrainError(

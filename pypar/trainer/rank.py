@@ -99,6 +99,9 @@ def _sample(trainer: Trainer) -> str:
         prompt = [int(number) for number in trainer.val_data.sequence(0)[: min(64, config.seq_len)]]
     else:
         prompt = list(tokens.encode(config.prompt))
+    if trainer.pipeline is not None:
+        out = trainer.pipeline.generate(prompt, config.sample_tokens, tokens.end, config.temperature)
+        return tokens.decode([*prompt, *out])
     out = generate(
         trainer.module,
         prompt,

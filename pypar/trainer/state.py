@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,15 +25,19 @@ class Full:
     weights: by name, tied ones once. moments: `<state>.<parameter name>`, e.g. `exp_avg.lm_head.weight`.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Any, is_cut: bool):
+    @classmethod
+    def of(cls, module: nn.Module, optimizer: Any, is_cut: bool) -> Full:
         """is_cut: by tensor parallel; then a collective call of its group. Else the tensors are the module's own.
         optimizer: whose `state` has the moments by parameter."""
-        self.architecture = type(module).__name__
-        self.weights = _unique(gather_full_state(module) if is_cut else module.state_dict())
         if is_cut:
             states = gather_full_optimizer_state(module, optimizer)
         else:
             states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
+        return cls(type(module).__name__, gather_full_state(module) if is_cut else module.state_dict(), states)
+
+    def __init__(self, architecture: str, weights: dict[str, torch.Tensor], states: dict[str, dict[str, torch.Tensor]]):
+        self.architecture = architecture
+        self.weights = _unique(weights)
         self.moments = {
             f"{key}.{name}": value.detach().contiguous()
             for name, state in states.items()
@@ -82,17 +87,29 @@ def save_optimizer(full: Full, folder: Path) -> None:
     save_file(full.moments, folder / "optimizer.safetensors", metadata=METADATA)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, folder: Path, borrow: bool = False) -> None:
+States = dict[str, dict[str, torch.Tensor]]
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    folder: Path,
+    borrow: bool = False,
+    part_of: Callable[[States], States] | None = None,
+) -> None:
     """Sets the state of every parameter, or of this rank's part of it; learning rates are the caller's.
 
     borrow: the tensors stay in the mapped file, for a caller that copies what it needs; of a module that is not cut.
+    part_of: chooses the states of the parameters that a module holds some of.
     """
     states: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in load_file(folder / "optimizer.safetensors").items():
         key, _, name = full.partition(".")
         states.setdefault(name, {})[key] = tensor
+    if part_of is not None:
+        states = part_of(states)
     try:
-        if borrow:
+        if borrow or part_of is not None:
             optimizer.state.update(_by_parameter(module, states))
         else:
             load_full_optimizer_state(module, optimizer, states)

@@ -123,7 +123,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
 
     module, optimizer = make()
     step(module, optimizer)
-    full = state.Full(module, optimizer, is_cut=False)
+    full = state.Full.of(module, optimizer, is_cut=False)
     state.save_model(full, {"model_type": "none"}, tmp_path)
     state.save_optimizer(full, tmp_path)
     again, its_optimizer = make()

@@ -61,7 +61,7 @@ def train(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
 
 
 def full_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    full = Full(trainer.module, trainer.optimizer, trainer.layout.tp > 1)
+    full = Full.of(trainer.module, trainer.optimizer, trainer.layout.tp > 1)
     return {name: tensor.clone() for name, tensor in (full.weights | full.moments).items()}
 
 
