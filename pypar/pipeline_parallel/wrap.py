@@ -16,7 +16,7 @@ from pypar.pipeline_parallel.generators import make_schedule
 from pypar.pipeline_parallel.plan import FORWARD, Link, links, slots_needed
 from pypar.pipeline_parallel.ring import Channel, Edge, make_rings
 from pypar.pipeline_parallel.schedule import Action, Schedule
-from pypar.pipeline_parallel.split import Cut, cut
+from pypar.placement import Cut, cut
 from pypar.pipeline_parallel.stage import Stages
 from pypar.pipeline_parallel.state import gather
 from pypar.pipeline_parallel.tied import TiedGradients, find_tied
