@@ -72,7 +72,9 @@ def is_budget(device_map: Mapping[Any, Any]) -> bool:
         return True
 
     def is_size(value: Any) -> bool:
-        return value is None or isinstance(value, int) or (isinstance(value, str) and _SIZE.fullmatch(value) is not None)
+        return (
+            value is None or isinstance(value, int) or (isinstance(value, str) and _SIZE.fullmatch(value) is not None)
+        )
 
     return bool(device_map) and all(is_device(k) and is_size(v) for k, v in device_map.items())
 

@@ -76,7 +76,7 @@ class Moves:
 
     def to(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         source = x.device
-        if source == device:
+        if source == device or x.is_meta:  # shapes alone are everywhere
             return x
         version = _version(x)
         # One made without autograd can't serve where it records; inference tensors don't tell when they change.
@@ -166,9 +166,11 @@ class Traveller:
             try:
                 output = original(*args, **kwargs)
                 device = self.output_device
-                if device == "inputs":
-                    device = inputs[0].device if inputs else "last"
-                return output if device == "last" else map_tensors(lambda x: self.moves.to(x, device), output)
+                if device == "inputs" and inputs:
+                    device = inputs[0].device
+                if not isinstance(device, torch.device):
+                    return output
+                return map_tensors(functools.partial(self.moves.to, device=device), output)
             finally:
                 self.moves.end()
 
@@ -192,7 +194,7 @@ class Traveller:
                 result = original(*args, **kwargs)
             for source, there, before in moved:
                 if before is not None and there._version != before:  # the module changed its input in place
-                    source.copy_(there)
+                    source.copy_(self.moves.to(there, source.device))
             return result
 
         return forward

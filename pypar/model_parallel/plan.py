@@ -82,7 +82,7 @@ def place(
     if isinstance(device_map, Mapping) and is_budget(device_map):
         if max_memory is not None:
             raise ValueError("device_map is a budget {device: bytes} already; leave max_memory out")
-        device_map, max_memory = "auto", device_map
+        max_memory, device_map = device_map, "auto"
     units = units_of(module, no_split, costs, copies)
     if isinstance(device_map, str):
         budget = budget_of(max_memory)
@@ -111,7 +111,7 @@ def whole_modules(module: nn.Module, no_split: Iterable[str] | None = None) -> I
               nn.ModuleLists and nn.Sequentials, modules that contain no such list, and what a Hugging Face model names
               in _no_split_modules
     """
-    known = set(no_split or getattr(module, "_no_split_modules", None) or ())
+    known = set((getattr(module, "_no_split_modules", None) or ()) if no_split is None else no_split)
 
     def is_list(each: nn.Module) -> bool:
         return isinstance(each, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
@@ -262,8 +262,9 @@ def _by_device(module: nn.Module, tensors: dict[str, str], units: list[Unit], co
         for name in unit.names:
             inside = {n: tensors[n] for n in all_tensors if not name or n == name or n.startswith(f"{name}.")}
             prefix = f"{name}." if name else ""
-            pieces = {name: tensors[name]}
-            if name in modules:
+            if name not in modules:
+                pieces = {name: tensors[name]}
+            else:
                 local = map_of(modules[name], {n.removeprefix(prefix): device for n, device in inside.items()})
                 pieces = {f"{prefix}{piece}" if piece else name: device for piece, device in local.items()}
             for piece, device in pieces.items():

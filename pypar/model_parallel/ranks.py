@@ -25,7 +25,7 @@ def place_on_ranks(
     with rank 0, what stands behind them with the last. Raises ValueError as `place` does, and for a map whose blocks
     aren't in the order of the ranks."""
     if isinstance(device_map, Mapping) and _is_rank_budget(device_map):
-        device_map, max_memory = "auto", device_map
+        max_memory, device_map = device_map, "auto"
     if not isinstance(device_map, Mapping) and device_map != "auto":
         raise ValueError(f"device_map={device_map!r}: with group=, give 'auto', {{name: rank}} or {{rank: bytes}}")
 
@@ -57,7 +57,9 @@ def place_on_ranks(
         for rank, limit in budget.items():
             used = sum(u.num_bytes for u in units if u.device == rank)
             if limit is not None and used > limit:
-                raise ValueError(f"device_map puts {used} bytes on {rank}, which may hold {limit}: {used - limit} are missing")
+                raise ValueError(
+                    f"device_map puts {used} bytes on {rank}, which may hold {limit}: {used - limit} are missing"
+                )
     else:
         assign(units, budget, may_be_empty=False, why="; every rank gets a block")
     counts = [

@@ -1,10 +1,11 @@
 """Several devices on the CPU: tensors on 'cpu:0', 'cpu:1', ... that can't be mixed, as on different GPUs.
 
-torch itself forgets the index of a CPU. Within `cpu_devices()` a tensor put on 'cpu:1' says that it is there, everything
+torch itself forgets the index of a CPU. Within `cpu_devices()` a tensor put on 'cpu:1' says that it is there, what is
 made from it is there too, `.to` copies, and a function of tensors on two devices raises. Only numbers without dims mix.
 """
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -76,6 +77,10 @@ class cpu_devices(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
+        if name == "backward":  # what is computed again in it
+            seed = torch.ones_like(args[0])
+            with self:  # torch.autograd.backward would come here again
+                return _engine_run_backward((args[0],), (seed,), False, False, (), True, accumulate_grad=True)
         if name == "cpu":
             name, args = "to", (args[0], "cpu")
         if name == "to":
