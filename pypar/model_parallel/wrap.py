@@ -141,5 +141,6 @@ def _check_values(module: nn.Module, devices: Mapping[str, torch.device], placem
     for name, tensor in tensors_of(module).items():
         if tensor.is_meta and devices[placement.tensors[name]].type != "meta":
             raise ValueError(
-                f"'{name}' has no values yet (it is on 'meta'): load the model first, or plan with pypar.model_parallel.place"
+                f"'{name}' has no values yet (it is on 'meta'): load the model first, or plan with "
+                "pypar.model_parallel.place"
             )

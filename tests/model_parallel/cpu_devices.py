@@ -77,7 +77,7 @@ class cpu_devices(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
-        if name == "backward":  # what is computed again in it
+        if name == "backward" and isinstance(args[0], torch.Tensor):  # what is computed again in it
             seed = torch.ones_like(args[0])
             with self:  # torch.autograd.backward would come here again
                 return _engine_run_backward((args[0],), (seed,), False, False, (), True, accumulate_grad=True)
