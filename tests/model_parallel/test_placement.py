@@ -98,7 +98,7 @@ def test_budgets():
         match=r"doesn't fit: 29\.03 KiB are missing \(cpu:0 1\.00 KiB, .*has 31\.03 KiB, the devices hold 2\.00",
     ):
         place(own(), {"cpu:0": "1KiB", "cpu:1": 1024})
-    with pytest.raises(ValueError, match=r"can't be cut to fit: its largest unit 'blocks\.0' has .*no_split=\[\]"):
+    with pytest.raises(ValueError, match=r"can't be cut to fit: its largest unit 'blocks\.1' has .*no_split=\[\]"):
         place(nn.ModuleDict({"blocks": nn.Sequential(nn.Sequential(nn.Linear(9, 9)), own().blocks[0], nn.Linear(9, 9))})
               , {f"cpu:{i}": block - 1 for i in range(9)})  # fmt: skip
     with pytest.raises(ValueError, match=r"device_map puts .* on cpu:0, which may hold 10 B: .* are missing"):
