@@ -15,7 +15,7 @@ import pypar
 from bench.harness import Case
 from bench.models import CONFIGS, GPT, GPTConfig
 from bench.steps import ERROR, Built, StepRank, first_wrong, model_of
-from pypar.pipeline_parallel.split import cut
+from pypar.placement import cut
 
 MICRO_BATCHES = 8
 SEQUENCES = {"tiny": 1, "small": 1, "large": 1}  # of a micro-batch

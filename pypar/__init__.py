@@ -4,6 +4,7 @@ from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
 from pypar.mesh import init
+from pypar.model_parallel import ModelParallel
 from pypar.ops import Calibration, calibrate, explain
 from pypar.pipeline_parallel import Pipeline
 from pypar.tensor_parallel import (
@@ -20,6 +21,7 @@ __all__ = [
     "Calibration",
     "ColumnParallelLinear",
     "DataParallel",
+    "ModelParallel",
     "PeerError",
     "Pipeline",
     "RowParallelLinear",

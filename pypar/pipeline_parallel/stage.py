@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pypar.pipeline_parallel.ghost import ghost_of, is_ghost
-from pypar.pipeline_parallel.split import Cut, Part
+from pypar.placement import Cut, Part
 
 Payload = dict[str, Any]  # name of a module -> what it returned
 

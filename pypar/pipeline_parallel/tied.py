@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pypar.pipeline_parallel.split import Cut, Part
+from pypar.placement import Cut, Part
 
 
 @dataclass

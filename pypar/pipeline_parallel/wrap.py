@@ -16,11 +16,11 @@ from pypar.pipeline_parallel.generators import make_schedule
 from pypar.pipeline_parallel.plan import FORWARD, Link, links, slots_needed
 from pypar.pipeline_parallel.ring import Channel, Edge, make_rings
 from pypar.pipeline_parallel.schedule import Action, Schedule
-from pypar.pipeline_parallel.split import Cut, cut
 from pypar.pipeline_parallel.stage import Stages
 from pypar.pipeline_parallel.state import gather
 from pypar.pipeline_parallel.tied import TiedGradients, find_tied
 from pypar.pipeline_parallel.weight_grads import WeightQueue, attach
+from pypar.placement import Cut, cut
 
 BROADCAST_BYTES = 250 * 2**20
 PROBE = Edge(0, 1, 4, 1 << 16)

@@ -10,7 +10,7 @@ from torch import nn
 
 import pypar
 from pypar.pipeline_parallel.generators import make_schedule
-from pypar.pipeline_parallel.split import cut
+from pypar.placement import cut
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.loss import TokenLoss

@@ -1,10 +1,10 @@
-"""Which stage runs what: the blocks of a model, their costs, and where it is cut. No ranks, no groups."""
+"""Where the parts of a model go: its blocks, their costs, and where it is cut. No ranks, no groups, no devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import nn
 
@@ -142,7 +142,9 @@ def _starts(
     if isinstance(split, str):
         if split != "auto":
             raise ValueError(f"split={split!r}: give 'auto', numbers of blocks, or names of blocks")
-        return _balance([block.cost for block in blocks], num_stages, first, last)
+        costs = [block.cost for block in blocks]
+        costs[0], costs[-1] = costs[0] + first, costs[-1] + last
+        return contiguous(costs, num_stages)[0]
     given = list(split)
     names = [block.name for block in blocks]
     if all(isinstance(each, int) for each in given):
@@ -165,28 +167,47 @@ def _starts(
     return starts
 
 
-def _balance(costs: list[int], num_stages: int, first: int, last: int) -> list[int]:
-    """The contiguous cut whose dearest stage is cheapest; first and last are added to those stages. Of equal ones the
-    one with the earlier, larger stages."""
-    total = [0]
-    for cost in costs:
-        total.append(total[-1] + cost)
+def contiguous(
+    costs: Sequence[float],
+    num_places: int,
+    *,
+    sizes: Sequence[int] | None = None,
+    limits: Sequence[int | None] | None = None,
+    is_last_resort: Sequence[bool] | None = None,
+    may_be_empty: bool = False,
+) -> tuple[list[int], int]:
+    """Cuts a sequence of parts into one run per place: (index of each run's first part, bytes over the limits).
+
+    costs           of the parts; the dearest run is made as cheap as it goes, of equal cuts the most even one
+    sizes, limits   bytes of the parts, and what each place holds (None: any number); kept above all else, so that the
+                    second result is 0 wherever a cut fits
+    is_last_resort  places that get no more cost than the limits of the others force on them
+    may_be_empty    places may get no part
+    """
     count = len(costs)
-
-    def span(begin: int, end: int, stage: int) -> int:
-        more = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
-        return total[end] - total[begin] + more
-
-    # best[end] of the stages so far: (dearest, sum of squares, starts)
-    best: dict[int, tuple[int, int, list[int]]] = {0: (0, 0, [])}
-    for stage in range(num_stages):
-        now: dict[int, tuple[int, int, list[int]]] = {}
-        for end in range(stage + 1, count - (num_stages - 1 - stage) + 1):
-            for begin, (dearest, squares, starts) in best.items():
-                if begin < end:
-                    cost = span(begin, end, stage)
-                    option = (max(dearest, cost), squares + cost * cost, [*starts, begin])
-                    if end not in now or option < now[end]:
-                        now[end] = option
+    limits = limits or [None] * num_places
+    is_last_resort = is_last_resort or [False] * num_places
+    cost_to, size_to = list(accumulate(costs, initial=0)), list(accumulate(sizes or [0] * count, initial=0))
+    least = 0 if may_be_empty else 1
+    # best[end] of the places so far: (bytes too many, cost on last resorts, dearest, sum of squares, starts)
+    best: dict[int, tuple[int, float, float, float, list[int]]] = {0: (0, 0, 0, 0, [])}
+    for place in range(num_places):
+        limit = limits[place]
+        now: dict[int, tuple[int, float, float, float, list[int]]] = {}
+        for end in range(least * (place + 1), count - least * (num_places - 1 - place) + 1):
+            for begin, (over, resort, dearest, squares, starts) in best.items():
+                if begin + least > end:
+                    continue
+                cost = cost_to[end] - cost_to[begin]
+                more = 0 if limit is None else max(0, size_to[end] - size_to[begin] - limit)
+                option = (
+                    over + more,
+                    resort + (cost if is_last_resort[place] else 0),
+                    max(dearest, cost),
+                    squares + cost * cost,
+                    [*starts, begin],
+                )
+                if end not in now or option < now[end]:
+                    now[end] = option
         best = now
-    return best[count][2]
+    return best[count][4], best[count][0]
