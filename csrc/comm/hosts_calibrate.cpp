@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ctime>
 #include <limits>
 
 #include <ATen/ATen.h>
@@ -40,6 +41,13 @@ double seconds(Run&& run) {
   const uint64_t start = now_ns();
   run();
   return std::max(1e-9, static_cast<double>(now_ns() - start) * 1e-9);
+}
+
+// Of all threads of this process.
+double cpu_seconds() {
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 // The lower quartile: other processes and a scheduler's bad luck only ever add.
@@ -116,19 +124,25 @@ Calibration Hosts::measure(Deadline deadline) {
     });
   };
   alone();
-  std::vector<double> matmul, few, many, wire;
+  std::vector<double> matmul, few, many, cpu;
   for (int i = 0; i < kRounds; ++i) {
     matmul.push_back(alone());
     few.push_back(gather(rows, kFewChunks, multiply));
     many.push_back(gather(rows, kManyChunks, multiply));
-    wire.push_back(gather(rows, 1, nothing) - 2 * latency_s);
+    barrier(deadline);
+    const double before = cpu_seconds();
+    gather(rows, 1, nothing);
+    cpu.push_back(cpu_seconds() - before);
   }
   at::Tensor beside = at::zeros({4}, at::kDouble);
   auto* costs = beside.data_ptr<double>();
-  costs[0] = typical(matmul), costs[1] = typical(few), costs[2] = typical(many), costs[3] = typical(wire);
+  costs[0] = typical(matmul), costs[1] = typical(few), costs[2] = typical(many), costs[3] = typical(cpu);
   all_reduce(beside, ReduceOp::max, deadline);
   const double chunk_s = std::max(latency_s / 2, (costs[2] - costs[1]) / (kManyChunks - kFewChunks));
-  const double wire_cpu = (costs[1] - costs[0] - kFewChunks * chunk_s) / std::max(1e-9, costs[3]);
+  // What the matmul lost, which other processes disturb, and never more than the transport computes: cores that have
+  // nothing else to do take that, where there are any.
+  const double lost_s = std::min(costs[1] - costs[0] - kFewChunks * chunk_s, costs[3]);
+  const double wire_cpu = lost_s / (static_cast<double>(rows * most_ranks) * far_row_s);
 
   Calibration agreed;
   agreed.latency_s = rounded(latency_s);

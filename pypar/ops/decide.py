@@ -92,7 +92,7 @@ def calibrate(
 ) -> Calibration | None:
     """Measures what a group that spans hosts reaches, or sets it; a call of all ranks, which get the same numbers.
 
-    Without it, the first fused matmul of the group measures (about 0.2 s at 1 Gbit/s). A calibration given by hand
+    Without it, the first fused matmul of the group measures (about a second). A calibration given by hand
     fixes which form every op takes, and so the bits of its sums, from one launch to the next.
     Returns None where there is nothing to decide: the ranks share memory, or pypar doesn't serve the group.
     Raises ValueError: the ranks give different calibrations.
