@@ -8,7 +8,7 @@ from pypar.reference.ring_recv import ring_recv as reference
 
 
 def _fake(*_: object) -> tuple[list[torch.Tensor], int]:
-    raise NotImplementedError("ring_recv: the sender alone knows the shapes; it can't be traced")
+    raise RuntimeError("ring_recv: the sender alone knows the shapes, so that it can't be traced or compiled")
 
 
 define(

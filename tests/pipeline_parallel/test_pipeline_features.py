@@ -216,6 +216,24 @@ def test_a_slow_stage_holds_the_others_back():
     assert all(count <= 4 for count in first[1].values()), first[1]  # 12 micro-batches, and no more room than that
 
 
+def many(rank, world):
+    """More micro-batches under way than a ring has slots: activations are copied out of them."""
+    pipeline = Pipeline(own(), micro_batches=70, schedule="gpipe")
+    batch = batches("own", 1, 70)[0]
+    loss = pipeline.train_step(batch, next_token_loss)
+    assert all(engine.copies for engine in pipeline._engines.values())
+    found = pipeline.full_gradients()
+    if rank == 0:
+        want_loss, want = gradients_of(own(), batch)
+        close(loss.item(), want_loss)
+        for name, grad in want.items():
+            close(found[name], grad)
+
+
+def test_more_micro_batches_than_slots():
+    run_ranks(many, 2)
+
+
 def wrong(rank, world):
     with pytest.raises(ValueError, match="8 stages for 7 blocks"):
         Pipeline(own(), micro_batches=2, num_stages=8, schedule="interleaved")
