@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,13 @@ def table(num_ranks: int, micro_batches: int, costs: Costs) -> str:
 def costs_of(text: str) -> Costs:
     try:
         values = [float(part) for part in text.split(",")]
-        if not 1 <= len(values) <= 4 or min(values) < 0:
+        is_time = all(math.isfinite(value) and value >= 0 for value in values)
+        if not 1 <= len(values) <= 4 or not is_time or not any((values + [1.0] * 3)[:3]):
             raise ValueError
         return Costs(*values)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: give up to four numbers F,I,W,communication, as 1,1.2,0.9,0.05"
+            f"{text!r}: give up to four times F,I,W,communication, as 1,1.2,0.9,0.05, and not only zeros"
         ) from None
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pypar.pipeline_parallel.plan import FORWARD, Link, links, slots_needed, stuck
-from pypar.pipeline_parallel.schedule import Schedule, ScheduleError
+from pypar.pipeline_parallel.schedule import KINDS, Schedule, ScheduleError
 from pypar.pipeline_parallel.simulate import peak_of, simulate
 
 
@@ -20,7 +20,8 @@ class Report:
 
 def check(schedule: Schedule, slots: int | None = None, holds: bool = True) -> Report:
     """Proves of a schedule: every action is there once and on its stage's rank, runs after what it needs, and no rank
-    waits for ever. slots: that every ring has; None: as many as it takes. holds: see plan.slots_needed.
+    waits for ever. slots: that every ring has; None: as many as it takes, even where they are more than Pipeline makes.
+    holds: see plan.slots_needed.
 
     Raises ScheduleError, which names the rank, the action and what is missing.
     """
@@ -30,9 +31,17 @@ def check(schedule: Schedule, slots: int | None = None, holds: bool = True) -> R
     }
     if len(held_by) != schedule.num_stages or len(schedule.actions) != schedule.num_ranks:
         raise ScheduleError(f"{name}: its stages lie on ranks {schedule.ranks}, and it has {schedule.num_ranks} ranks")
+    if idle := set(range(schedule.num_ranks)) - set(schedule.ranks):
+        raise ScheduleError(f"{name}: rank {min(idle)} holds no stage; its stages lie on ranks {schedule.ranks}")
+    if schedule.micro_batches < 1:
+        raise ScheduleError(f"{name}: has {schedule.micro_batches} micro-batches; one is the least")
     seen: Counter[tuple[int, str, int]] = Counter()
     for rank, row in enumerate(schedule.actions):
         for place, action in enumerate(row):
+            if action.kind not in KINDS:
+                raise ScheduleError(
+                    f"{name}: rank {rank} has {action} (its action {place}); kinds are {', '.join(KINDS)}"
+                )
             if action.stage not in held_by or not 0 <= action.micro_batch < schedule.micro_batches:
                 raise ScheduleError(f"{name}: rank {rank} has {action} (its action {place}), which is not there")
             if held_by[action.stage] != rank:
@@ -59,9 +68,8 @@ def check(schedule: Schedule, slots: int | None = None, holds: bool = True) -> R
                 raise ScheduleError(f"{name}: rank {rank} lacks {missing}")
     simulate(schedule)  # what waits for ever whatever the slots
     if slots is None:
-        found = slots_needed(schedule, holds)
-        if found is None:
-            raise ScheduleError(f"{name}: needs more slots than a ring has")
+        found = slots_needed(schedule, holds, most=schedule.micro_batches + 1)
+        assert found is not None  # a ring with a slot for every micro-batch is never full
     else:
         found = dict.fromkeys(links(schedule), slots)
         for rank, action, link in stuck(schedule, found, holds):

@@ -51,7 +51,12 @@ def picture(timeline: Timeline, path: Path) -> None:
             if timeline.makespan <= TEXT_FITS:
                 middle = (span.start + span.end) / 2
                 axes.text(middle, rank, str(action.micro_batch), ha="center", va="center", fontsize=8)
-    axes.set_yticks(range(schedule.num_ranks), [f"rank {r}" for r in range(schedule.num_ranks)])
+    total = timeline.makespan or 1.0
+    axes.set_yticks(
+        range(schedule.num_ranks),
+        [f"rank {rank}: idle {100 * idle / total:.0f} %, holds {held}"
+         for rank, (idle, held) in enumerate(zip(timeline.idle, timeline.peaks, strict=True))],
+    )  # fmt: skip
     axes.invert_yaxis()
     axes.set_xlim(0, timeline.makespan)
     axes.set_xlabel("time, units of a forward; in the boxes: the micro-batch")

@@ -1,8 +1,9 @@
 """The schedules by name. Each is an order for any number of ranks and micro-batches; what a paper asks to be divisible
-is rounded up, and the actions that aren't there are left out."""
+is rounded up, and the actions that aren't there are left out; `interleaved` shares out instead."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from pypar.pipeline_parallel.schedule import Action, Schedule, loop_placement, schedule_of, v_placement
@@ -31,19 +32,29 @@ def one_f_one_b(num_ranks: int, micro_batches: int, num_stages: int) -> Schedule
 
 def interleaved(num_ranks: int, micro_batches: int, num_stages: int) -> Schedule:
     """1F1B with several stages per rank, which take turns after every num_ranks micro-batches. Narayanan et al.,
-    Efficient Large-Scale Language Model Training on GPU Clusters (2021)."""
+    Efficient Large-Scale Language Model Training on GPU Clusters (2021).
+
+    What num_ranks doesn't divide is shared out, so that no turn is shorter: a short one would leave every rank idle
+    once for each of its stages. The first turns are the longer ones, since the forwards run ahead by the first.
+    """
     p, v = num_ranks, num_stages // num_ranks
-    groups = [range(first, first + p) for first in range(0, micro_batches, p)]
+    groups = _turns(micro_batches, max(1, micro_batches // p))
     rows = []
     for rank in range(p):
         forward = [Action(c * p + rank, "F", i) for group in groups for c in range(v) for i in group]
         backward = [Action(c * p + rank, "B", i) for group in groups for c in reversed(range(v)) for i in group]
-        ahead = min(len(forward), 2 * (p - 1 - rank) + (v - 1) * p)
+        ahead = min(len(forward), 2 * (p - 1 - rank) + (v - 1) * len(groups[0]))
         row = forward[:ahead]
         for k, action in enumerate(backward):
             row += [*forward[ahead + k : ahead + k + 1], action]
         rows.append(row)
     return schedule_of("interleaved", micro_batches, loop_placement(p, num_stages), rows)
+
+
+def _turns(micro_batches: int, count: int) -> list[range]:
+    least, longer = divmod(micro_batches, count)
+    starts = [i * least + min(i, longer) for i in range(count + 1)]
+    return [range(first, end) for first, end in itertools.pairwise(starts)]
 
 
 def breadth_first(num_ranks: int, micro_batches: int, num_stages: int) -> Schedule:

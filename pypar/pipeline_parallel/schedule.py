@@ -61,10 +61,11 @@ class Schedule:
 
     @classmethod
     def from_csv(cls, text: str, name: str = "csv") -> Schedule:
-        """Stages, ranks and micro-batches follow from the cells. Raises ScheduleError with line and column."""
+        """Stages, ranks and micro-batches follow from the cells; blank lines at the end don't count. Raises
+        ScheduleError with line and column."""
         rows: list[tuple[Action, ...]] = []
         holder: dict[int, tuple[int, str]] = {}  # stage -> (rank, where it was seen first)
-        for line, cells in enumerate(csv.reader(io.StringIO(text)), 1):
+        for line, cells in enumerate(csv.reader(io.StringIO(text.removeprefix("\ufeff").rstrip())), 1):
             row: list[Action] = []
             for column, cell in enumerate(cells, 1):
                 where = f"line {line}, column {column}"

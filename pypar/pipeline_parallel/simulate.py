@@ -47,6 +47,11 @@ class Timeline:
         return max(sum(span.end - span.start for span in row) for row in self.spans)
 
     @property
+    def idle(self) -> tuple[float, ...]:
+        """idle[rank]: time of the makespan in which it runs nothing."""
+        return tuple(self.makespan - sum(span.end - span.start for span in row) for row in self.spans)
+
+    @property
     def bubble(self) -> float:
         """Share of the makespan that the busiest rank idles."""
         return 1 - self.busy / self.makespan if self.makespan else 0.0

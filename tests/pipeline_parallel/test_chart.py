@@ -1,6 +1,7 @@
 """pypar chart, and the table in the docs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def test_pictures(tmp_path, capsys, ending):
     assert main(command) == 0
     assert out.stat().st_size > 10_000
     assert "zbv: 4 ranks, 8 stages, 8 micro-batches; bubble 5.9 %, activations held up to 8" in capsys.readouterr().out
+
+
+def test_a_rank_says_what_it_idles_and_holds(tmp_path, capsys):
+    out = tmp_path / "x.svg"
+    assert main(["chart", "--schedule", "1f1b", "--pp", "2", "--micro-batches", "2", "--out", str(out)]) == 0
+    labels = re.findall(r"<!-- (rank .*?) -->", out.read_text())
+    assert labels == ["rank 0: idle 33 %, holds 2", "rank 1: idle 33 %, holds 1"]
+    assert main(["chart", "--schedule", "gpipe", "--pp", "2", "--micro-batches", "70", "--out", str(out)]) == 0
 
 
 def test_traces_hold_every_action(tmp_path):
@@ -46,6 +55,10 @@ def test_wrong_input(capsys):
     assert "schedule 'zbx' is unknown; there are gpipe" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["chart", "--costs", "a"])
+    for costs in ("1,nan", "0,0,0", "-1", "1,1,1,1,1"):
+        with pytest.raises(SystemExit):
+            main(["chart", f"--costs={costs}"])
+        assert "give up to four times" in capsys.readouterr().err
     assert main(["chart", "--out", "/nowhere/x.png"]) == 2
 
 

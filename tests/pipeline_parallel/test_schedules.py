@@ -1,9 +1,13 @@
 """The schedules: what they hold and idle, against their papers and torch's; the checker; CSV."""
 
+import ast
+import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 
+import pypar.pipeline_parallel
 from pypar.pipeline_parallel.check import check
 from pypar.pipeline_parallel.generators import NAMES, make_schedule
 from pypar.pipeline_parallel.schedule import Action, Schedule, ScheduleError
@@ -43,10 +47,12 @@ def test_bubbles_and_peaks_are_those_of_the_papers(p, m):
         assert idle == 3 * (p - 1) and held == peak
         assert timeline.bubble == pytest.approx(fraction)
     for v in (2, 3):
-        if m % p == 0:
-            idle, held, timeline = of("interleaved", v * p)
-            assert timeline.bubble == pytest.approx((p - 1) / (v * m + p - 1))
-            assert held == (min(v * m, (v + 1) * p - 1) if p > 1 else v)
+        idle, held, timeline = of("interleaved", v * p)
+        assert timeline.bubble == pytest.approx((p - 1) / (v * m + p - 1))
+        turn = -(
+            -m // (m // p)
+        )  # micro-batches before a rank's stages take turns: p, and more where p doesn't divide m
+        assert held == (min(v * m, 2 * (p - 1) + (v - 1) * turn + 1) if p > 1 else v)
         idle, held, timeline = of("breadth-first", v * p)
         assert timeline.bubble == pytest.approx((p - 1) / (v * m + p - 1)) and held == v * m
     idle, held, _ = of("zbh1")
@@ -64,6 +70,15 @@ def test_bubbles_and_peaks_are_those_of_the_papers(p, m):
     assert idle == p - 1 and held == 2 * p + 1
 
 
+@pytest.mark.parametrize("p", [2, 3, 5])
+def test_interleaved_has_its_bubble_whatever_the_micro_batches(p):
+    for m in range(p, 4 * p + 1):
+        for v in (2, 4):
+            timeline = simulate(make_schedule("interleaved", p, m, v * p))
+            assert timeline.bubble == pytest.approx((p - 1) / (v * m + p - 1))
+            assert timeline.idle == (3 * (p - 1),) * p
+
+
 def torchs(kind, p, m, v):
     """The order of one of torch's schedule classes, without stages or processes."""
     from torch.distributed.pipelining import schedules
@@ -72,6 +87,7 @@ def torchs(kind, p, m, v):
     rounds = max(1, m // p)
     facts = {
         "pp_group_size": p, "_n_microbatches": m, "n_local_stages": v, "_num_stages": p * v, "num_stages": p * v,
+        "_stages": [None] * v,
         "number_of_rounds": rounds, "microbatches_per_round": m // rounds,
     }  # fmt: skip
     rows = []
@@ -86,12 +102,57 @@ def torchs(kind, p, m, v):
     return rows
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 8), (4, 8), (4, 16)])
+def torch_prints(kind, p, m):
+    """What one of torch's single-stage classes prints, which is not what it runs."""
+    from torch.distributed.pipelining import schedules
+
+    order = getattr(schedules, kind)._get_pipeline_order(types.SimpleNamespace(_num_stages=p, _n_microbatches=m))
+    return [
+        [Action(a.stage_index, a.computation_type.value, a.microbatch_index)
+         for a in order[rank] if a is not None and a.computation_type.value in "FBIW"]
+        for rank in range(p)
+    ]  # fmt: skip
+
+
+def rows_of(name, p, m, stages=None):
+    return [list(row) for row in make_schedule(name, p, m, stages).actions]
+
+
+@pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 4), (4, 8), (4, 9)])
+def test_gpipe_and_1f1b_are_torchs(p, m):
+    assert rows_of("gpipe", p, m) == torch_prints("ScheduleGPipe", p, m)
+    *ours, last = rows_of("1f1b", p, m)
+    *theirs, their_last = torch_prints("Schedule1F1B", p, m)
+    assert ours == theirs
+    # torch 2.13 prints the last rank's forwards from 1 to m; it runs them from 0 to m - 1.
+    forwards = [a.micro_batch for a in their_last if a.kind == "F"]
+    assert forwards in (list(range(1, m + 1)), list(range(m)))
+    first = forwards[0]
+    assert last == [Action(a.stage, a.kind, a.micro_batch - (first if a.kind == "F" else 0)) for a in their_last]
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 5), (2, 8), (4, 7), (4, 8), (4, 10), (4, 16)])
 def test_interleaved_and_dualpipev_are_torchs(p, m):
-    for v in (2, 3):
-        ours = make_schedule("interleaved", p, m, v * p)
-        assert [list(row) for row in ours.actions] == torchs("ScheduleInterleaved1F1B", p, m, v)
-    assert [list(row) for row in make_schedule("dualpipev", p, m).actions] == torchs("ScheduleDualPipeV", p, m, 2)
+    """torch takes no micro-batches that its rounds don't divide, and for DualPipeV no fewer than 2p."""
+    for v in (2, 3) if m % (m // p) == 0 else ():
+        assert rows_of("interleaved", p, m, v * p) == torchs("ScheduleInterleaved1F1B", p, m, v)
+    if m >= 2 * p:
+        assert rows_of("dualpipev", p, m) == torchs("ScheduleDualPipeV", p, m, 2)
+
+
+@pytest.mark.parametrize(("p", "m"), [(1, 2), (2, 4), (3, 9), (4, 5), (4, 16), (6, 12)])
+def test_zbh1_is_torchs_interleaved_zero_bubble_with_one_stage_per_rank(p, m):
+    assert rows_of("zbh1", p, m) == torchs("ScheduleInterleavedZeroBubble", p, m, 1)
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 2), (4, 8)])
+def test_breadth_first_is_torchs_but_for_the_order_of_backwards(p, m):
+    """torch's runs a stage's backwards from the last micro-batch to the first, ours as gradients add up. What each rank
+    runs of which stage when is the same."""
+    theirs = torchs("ScheduleLoopedBFS", p, m, 2)
+    for row in theirs:
+        row[:] = [Action(a.stage, a.kind, m - 1 - a.micro_batch if a.kind == "B" else a.micro_batch) for a in row]
+    assert rows_of("breadth-first", p, m) == theirs
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 9), (4, 8), (4, 16)])
@@ -117,6 +178,7 @@ def test_csv_goes_out_and_in_and_torch_reads_it():
             assert [str(_Action.from_str(cell)) for cell in line.split(",")] == [str(a) for a in row]
     text = "0F0,0SEND_F0,,0B0\n1RECV_F0,(1F0;1B0)OVERLAP_F_B\n"
     assert Schedule.from_csv(text).to_csv() == "0F0,0B0\n1F0,1B0\n"
+    assert Schedule.from_csv("\ufeff0F0,0B0\r\n1F0,1B0\r\n\r\n").ranks == (0, 1)  # as spreadsheets write it
 
 
 @pytest.mark.parametrize(
@@ -161,9 +223,31 @@ def test_planted_faults_are_found(name):
         check(changed(good, 0, lambda row: row.insert(0, Action(1, "F", 0))))
 
 
+def test_what_is_no_schedule_is_said_so():
+    good = make_schedule("1f1b", 2, 2)
+    with pytest.raises(ScheduleError, match=r"rank 1 holds no stage; its stages lie on ranks \(0, 2\)"):
+        check(Schedule.from_csv("0F0,0B0\n\n1F0,1B0\n"))
+    with pytest.raises(ScheduleError, match=r"rank 1 has 1Q0 \(its action 0\); kinds are F, B, I, W"):
+        check(changed(good, 1, lambda row: row.insert(0, Action(1, "Q", 0))))
+    with pytest.raises(ScheduleError, match="has 0 micro-batches"):
+        check(dataclasses.replace(good, micro_batches=0, actions=((), ())))
+    with pytest.raises(ScheduleError, match="rank 0 never runs 0F2"):
+        check(dataclasses.replace(good, micro_batches=3))
+
+
+def test_the_pure_files_import_no_torch():
+    for module in ("schedule", "generators", "zero_bubble", "plan", "check", "simulate", "draw", "chart"):
+        source = (Path(pypar.pipeline_parallel.__file__).parent / f"{module}.py").read_text()
+        nodes = list(ast.walk(ast.parse(source)))
+        names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert names and not [name for name in names if name.split(".")[0] == "torch"], module
+
+
 def test_too_few_slots_are_found():
     with pytest.raises(ScheduleError, match=r"with 1 slots rank \d waits for ever at .* ring of .* is full"):
         check(make_schedule("zbv", 4, 8), slots=1)
+    assert max(check(make_schedule("gpipe", 2, 100)).slots.values()) > 64  # more than Pipeline makes
     report = check(make_schedule("1f1b", 4, 8))
     assert check(make_schedule("1f1b", 4, 8), slots=max(report.slots.values())).peaks == (4, 3, 2, 1)
 
