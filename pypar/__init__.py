@@ -3,6 +3,7 @@
 from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
+from pypar.hybrid import Plan, PlanError, gather_grads, gather_optimizer_state, gather_state, parallelize
 from pypar.mesh import init
 from pypar.model_parallel import ModelParallel
 from pypar.ops import Calibration, calibrate, explain
@@ -24,13 +25,19 @@ __all__ = [
     "ModelParallel",
     "PeerError",
     "Pipeline",
+    "Plan",
+    "PlanError",
     "RowParallelLinear",
     "VocabParallelCrossEntropy",
     "VocabParallelEmbedding",
     "Zero",
     "calibrate",
     "explain",
+    "gather_grads",
+    "gather_optimizer_state",
+    "gather_state",
     "init",
     "ops",
+    "parallelize",
     "tensor_parallel",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,27 @@ import torch.distributed as dist
 from pypar import symmetric
 
 ALIGN_BYTES = 64  # a cache line: two gradients never share one, and the matmul writes aligned rows
+
+
+class SlotRef:
+    """A weak reference to a slot, for attributes of modules and parameters; empty in a copy or a pickle of them."""
+
+    def __init__(self, slot: Slot | None = None):
+        self._ref = None if slot is None else weakref.ref(slot)
+
+    def __call__(self) -> Slot | None:
+        return None if self._ref is None else self._ref()
+
+    def __reduce__(self):
+        return SlotRef, ()
+
+
+def place_of(param: torch.Tensor) -> torch.Tensor | None:
+    """Where the first gradient of a parameter is to be written, if a reducer wants it in a certain place."""
+    slot = getattr(param, "_pypar_slot", SlotRef())()
+    if slot is None or slot.bucket is None or not (slot.prepare is None or slot.prepare(slot)):
+        return None
+    return slot.view if slot.view.is_contiguous() else None
 
 
 class Slot:
@@ -45,6 +67,7 @@ class Slot:
         self.expected = 1  # how often the gradient arrives in one backward; a static graph learns it
         self.fires = 0  # how often it has arrived in this backward
         self.used = False  # whether it has arrived since the last reduction, no_sync() included
+        param._pypar_slot = SlotRef(self)  # type: ignore[attr-defined]
 
     def place(self, bucket: Bucket, view: torch.Tensor) -> None:
         """Moves to another bucket; a gradient that lies in the old one moves along."""

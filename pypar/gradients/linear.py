@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import types
-import weakref
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
-from pypar.gradients.buckets import Slot
-
-
-class SlotRef:
-    """A weak reference to a slot, on the module; empty in a copy or a pickle of it, which then computes as before."""
-
-    def __init__(self, slot: Slot | None = None):
-        self._ref = None if slot is None else weakref.ref(slot)
-
-    def __call__(self) -> Slot | None:
-        return None if self._ref is None else self._ref()
-
-    def __reduce__(self):
-        return SlotRef, ()
+from pypar.gradients.buckets import Slot, SlotRef
 
 
 def fuse_all(module: torch.nn.Module, slots: Iterable[Slot]) -> None:

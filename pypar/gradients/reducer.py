@@ -246,6 +246,21 @@ class Reducer:
             # A slot that a static graph uses on other ranks only has nothing to wait for.
             bucket.pending = sum(slot.expected > 0 for slot in bucket.slots)
 
+    @torch.no_grad()
+    def reduce_now(self, buckets: Sequence[Any], ends: bool = True) -> None:
+        """Reduces, outside of a backward, what param.grad holds by now. ends: nothing more comes in this step; each
+        bucket was there once at least. Collective."""
+        for bucket in buckets:
+            for slot in bucket.slots:
+                slot.used = slot.used or slot.param.grad is not None
+            self.fill(bucket)
+            self.launch(bucket)
+            if not ends:
+                self.wait(bucket)
+        if ends:
+            self.reduce_and_learn()
+            self.reset()
+
     def shadow(self) -> None:
         """Takes part in a reduction of the other ranks with zeros: this rank has no inputs left (join)."""
         with torch.no_grad():

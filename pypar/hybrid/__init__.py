@@ -1,5 +1,18 @@
 """All methods together: a Plan, and a plain module that is shared out as it says."""
 
+from pypar.hybrid.model import HybridModel
+from pypar.hybrid.optimizer import HybridOptimizer
+from pypar.hybrid.parallelize import parallelize
 from pypar.hybrid.plan import Plan, PlanError
+from pypar.hybrid.state import gather_grads, gather_optimizer_state, gather_state
 
-__all__ = ["Plan", "PlanError"]
+__all__ = [
+    "HybridModel",
+    "HybridOptimizer",
+    "Plan",
+    "PlanError",
+    "gather_grads",
+    "gather_optimizer_state",
+    "gather_state",
+    "parallelize",
+]

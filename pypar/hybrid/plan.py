@@ -122,7 +122,7 @@ class Plan:
         for name, value in values.items():
             if name not in fields:
                 raise PlanError(f"{name}={_shown(value)}", f"there is no such field; they are {', '.join(fields)}")
-        given = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
         for name in ("carry", "order"):
             if isinstance(given.get(name), str):
                 given[name] = tuple(given[name].split("+"))
@@ -201,7 +201,7 @@ class Plan:
             try:
                 self._check_tensor_parallel(model)
             except ValueError as error:
-                raise PlanError(f"tp={self.tp}", str(error), self._fit(None, model)) from error
+                raise PlanError(self._tensor_cell(), str(error), self._fit(None, model)) from error
 
     def _check_tensor_parallel(self, model: nn.Module) -> None:
         check_plan(
@@ -231,15 +231,21 @@ class Plan:
                 changes |= {"sequence_parallel": False, "loss_parallel": False}
             if pp != self.pp:
                 changes |= {"split": "auto", "num_stages": None}
-            found = dataclasses.replace(self, **changes)
-            try:
-                found.check(wanted)
-                if model is not None:
-                    found._check_fits(model)
-            except ValueError:
-                continue
-            return found
+            same = dataclasses.replace(self, **changes)
+            options: list[dict[str, Any]] = [{}, {"loss_parallel": False}, {"sequence_parallel": False}]
+            for found in (dataclasses.replace(same, **option) for option in [*options, {**options[1], **options[2]}]):
+                try:
+                    found.check(wanted)
+                    if model is not None:
+                        found._check_fits(model)
+                except ValueError:
+                    continue
+                return found
         return None
+
+    def _tensor_cell(self) -> str:
+        said = [f"{n}=true" for n in ("sequence_parallel", "loss_parallel") if getattr(self, n)]
+        return " ".join([f"tp={self.tp}", *said])
 
     def _check_fits(self, model: nn.Module) -> None:
         if self.pp > 1:

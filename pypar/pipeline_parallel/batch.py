@@ -48,8 +48,9 @@ class Caller:
     """Calls the model with what it takes of a batch: of a pair the inputs (a tuple of them as arguments, a dict as
     keywords); of a dict the keys that its forward names, without labels."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, call: Callable[..., Any] | None = None):
+        """call: what is called in the model's place."""
+        self.model: Callable[..., Any] = model if call is None else call
         parameters = inspect.signature(type(model).forward).parameters.values()
         self.names = {p.name for p in parameters} - {"self"}
         self.takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
@@ -66,11 +67,15 @@ class Caller:
 
 @dataclass
 class Losses:
-    """Of the micro-batches of one step. total: of the counts, where it is known before the first backward."""
+    """Of the micro-batches of one step. num_samples: of the whole batch. total: of its counts, where they are known
+    before the first backward. factor: on all gradients, where they are averaged later. entropy: the sum over rows of
+    the cross entropy of (logits, targets)."""
 
     loss_fn: LossFn | None
     num_samples: int
     total: float | None = None
+    factor: float = 1.0
+    entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     value: float = 0.0  # weighted sum so far
     count: float = 0.0
     is_sum: bool = False  # loss_fn returns (sum, count)
@@ -85,16 +90,16 @@ class Losses:
             raise ValueError(
                 "without loss_fn a batch is a dict with 'labels' (the causal language-model loss); give one"
             )
-        return cls(None, size_of(batch), float((batch["labels"][..., 1:] != IGNORED).sum()))
+        return cls(None, size_of(batch), tokens_of(batch))
 
     def add(self, output: Any, batch: Any) -> torch.Tensor:
         """What backward starts from for this micro-batch: its share of the mean, or, of a loss_fn that returns (sum,
         count), the sum, which `scale` is to correct."""
         if self.loss_fn is None:
-            loss = causal_loss(output, batch["labels"])
-            self.count += float((batch["labels"][..., 1:] != IGNORED).sum())
+            loss = causal_loss(output, batch["labels"], self.entropy)
+            self.count += tokens_of(batch)
             self.value += float(loss.detach())
-            return loss / max(1.0, self.total or 0.0)
+            return loss * (self.factor / max(1.0, self.total or 0.0))
         loss = self.loss_fn(output, batch if isinstance(batch, Mapping) else batch[1])
         if isinstance(loss, (tuple, list)) and len(loss) == 2:
             self.is_sum = True
@@ -111,22 +116,32 @@ class Losses:
         samples = size_of(batch)
         self.count += samples
         self.value += float(total.detach()) * samples
-        return total * (samples / self.num_samples)
+        return total * (samples * self.factor / self.num_samples)
 
     @property
     def scale(self) -> float:
         """Factor on the gradients of this step."""
-        return 1.0 / self.count if self.is_sum and self.count else 1.0
+        return self.factor / self.count if self.is_sum and self.count else 1.0
 
     @property
     def mean(self) -> float:
         return self.value / self.count if self.count else 0.0
 
 
-def causal_loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
-    """The sum over tokens of the cross entropy of the next one; labels as inputs, -100 ignored."""
+def tokens_of(batch: Mapping[str, Any]) -> float:
+    """Labels that count, of the causal language-model loss."""
+    return float((batch["labels"][..., 1:] != IGNORED).sum())
+
+
+def causal_loss(
+    output: Any, labels: torch.Tensor, entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The sum over tokens of the cross entropy of the next one; labels as inputs, -100 ignored. entropy: of logits
+    [N, V or a part of it] and targets [N], for logits that are cut."""
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if logits is None:
         raise ValueError(f"the model returned {type(output).__name__} without logits; give a loss_fn")
-    flat = logits[..., :-1, :].reshape(-1, logits.shape[-1])
-    return F.cross_entropy(flat.float(), labels[..., 1:].reshape(-1), ignore_index=IGNORED, reduction="sum")
+    flat, targets = logits[..., :-1, :].reshape(-1, logits.shape[-1]), labels[..., 1:].reshape(-1)
+    if entropy is not None:
+        return entropy(flat, targets)
+    return F.cross_entropy(flat.float(), targets, ignore_index=IGNORED, reduction="sum")

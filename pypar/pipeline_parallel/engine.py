@@ -49,10 +49,12 @@ class Engine:
         seed: Callable[[int], int],
         has_targets: bool = True,
         trains: bool = True,
+        done: Callable[[int], None] | None = None,
     ) -> None:
         """All of this rank's actions. parts: the micro-batches. losses: None for a forward whose results are then in
         `outputs`. seed(micro_batch): of its forward. has_targets: parts are pairs or dicts, as train_step takes them;
-        else what the model takes. trains: with gradients; never without losses."""
+        else what the model takes. trains: with gradients; never without losses. done(stage): when a micro-batch's
+        gradients are complete in a stage."""
         self.has_targets, self.trains = has_targets, trains and losses is not None
         self.saved, self.local, self.outputs = {}, {}, {}
         self.queue.clear()
@@ -63,6 +65,8 @@ class Engine:
                 except BaseException as error:
                     error.add_note(f"in stage {action.stage} (rank {rank}), {action} of schedule {schedule.name}")
                     raise
+                if done is not None and action.kind in "BW":
+                    done(action.stage)
             for channel in self.channels.values():
                 channel.ring.finish()
         finally:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pypar.gradients.buckets import place_of
+
 Key = tuple[int, int]  # (stage, micro-batch)
 
 
@@ -100,7 +102,8 @@ def _accumulate(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, apart: b
     if grad is not None:
         grad.addmm_(a.t(), b)
         return
-    grad = a.t().mm(b)
+    place = None if apart else place_of(weight)
+    grad = a.t().mm(b) if place is None else torch.mm(a.t(), b, out=place)
     if apart:
         weight._pypar_second_grad = grad  # type: ignore[attr-defined]
     else:

@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 
 from pypar.pipeline_parallel.batch import Losses, LossFn, cut_batch, signature, size_of
 from pypar.pipeline_parallel.engine import Engine, abort
+from pypar.pipeline_parallel.generate import generate
 from pypar.pipeline_parallel.generators import make_schedule
 from pypar.pipeline_parallel.plan import FORWARD, Link, links, slots_needed
 from pypar.pipeline_parallel.ring import Channel, Edge, make_rings
 from pypar.pipeline_parallel.schedule import Action, Schedule
 from pypar.pipeline_parallel.stage import Stages
-from pypar.pipeline_parallel.state import gather
+from pypar.pipeline_parallel.state import aliases_of, gather, take
 from pypar.pipeline_parallel.tied import TiedGradients, find_tied
 from pypar.pipeline_parallel.weight_grads import WeightQueue, attach
 from pypar.placement import Cut, cut
@@ -85,10 +86,7 @@ class Pipeline(nn.Module):
         if init_sync and self.world_size > 1:
             tensors = [t.detach() for t in (*module.parameters(), *module.buffers())]
             dist._broadcast_coalesced(group, tensors, BROADCAST_BYTES, 0)
-        # Of every second name of a parameter, the first.
-        first_name = {id(p): n for n, p in module.named_parameters()}
-        every = module.named_parameters(remove_duplicate=False)
-        self.aliases = {n: first_name[id(p)] for n, p in every if first_name[id(p)] != n}
+        self.aliases = aliases_of(module)
         self._tied = find_tied(module, self.cut, first.rank_of, self.world_size, self.rank)
         self._tied_gradients = TiedGradients(self._tied, group)
         self._queue = WeightQueue()
@@ -133,34 +131,13 @@ class Pipeline(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """module.generate(...) of a Hugging Face model, without a cache; the same on every rank."""
-        if not hasattr(self.module, "generate"):
-            raise ValueError(f"pypar.Pipeline: {type(self.module).__name__} has no generate()")
-        model: Any = self.module
-        original = model.forward
-        training = model.training
-
-        def step(*inner: Any, **named: Any) -> Any:
-            model.forward = original
-            try:
-                return self.forward(*inner, **named)
-            finally:
-                model.forward = step
-
-        model.forward = step
-        try:
-            model.eval()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self._agree("generate"))
-                return model.generate(*args, **{**kwargs, "use_cache": False})
-        finally:
-            model.__dict__.pop("forward", None)
-            model.train(training)
+        return generate(self.module, self.forward, lambda: self._agree("generate"), *args, **kwargs)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scales all gradients so that their norm over all ranks is at most max_norm, tied weights counted once;
         returns what it was, the same on every rank. Collective."""
-        copies = {id(t.parameter) for t in self._tied if t.parameter is not None and t.is_copy(self.rank)}
+        copies = self.copies()
         squares = torch.zeros((), dtype=torch.float64)
         for parameter in self.parameters():
             if parameter.grad is not None and id(parameter) not in copies:
@@ -172,6 +149,10 @@ class Pipeline(nn.Module):
                 if parameter.grad is not None:
                     parameter.grad.mul_(max_norm / (norm + 1e-6))
         return norm
+
+    def copies(self) -> set[int]:
+        """ids of the tied parameters here that another rank's count for, in a norm for example."""
+        return {id(t.parameter) for t in self._tied if t.parameter is not None and t.is_copy(self.rank)}
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """The module's state_dict as it was before it was cut, on rank 0; empty elsewhere. Collective."""
@@ -196,12 +177,7 @@ class Pipeline(nn.Module):
     def load_full_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Takes this rank's part of what full_state_dict() gives, or the model's own state_dict did. Raises ValueError
         for a name or shape that is missing."""
-        with torch.no_grad():
-            for name, value in self.module.state_dict(keep_vars=True).items():
-                if name not in state or state[name].shape != value.shape:
-                    have = list(state[name].shape) if name in state else "nothing"
-                    raise ValueError(f"load_full_state_dict: '{name}' is {list(value.shape)} here, and {have} there")
-                value.copy_(state[name])
+        take(self.module, state)
 
     def schedule_of(self, micro_batches: int) -> Schedule:
         """The schedule for so many micro-batches. Raises ValueError where there is none."""
@@ -236,22 +212,39 @@ class Pipeline(nn.Module):
     def _train_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
         losses = Losses.of(batch, loss_fn)
         parts = cut_batch(batch, min(self.micro_batches, size_of(batch)))
-        seed = self._agree(signature(batch))
+        return torch.tensor(self.accumulate(parts, losses, self._agree(signature(batch)), self._facts))
+
+    def _facts(self, losses: Losses) -> tuple[float, float, bool]:
+        facts = torch.tensor([losses.mean, losses.scale, float(losses.is_sum)], dtype=torch.float64)
+        dist.broadcast(facts, group=self.group, group_src=self._last_rank)
+        mean, scale, is_sum = facts.tolist()
+        return mean, scale, bool(is_sum)
+
+    def accumulate(
+        self,
+        parts: list[Any],
+        losses: Losses,
+        seed: int,
+        agree: Callable[[Losses], tuple[float, float, bool]],
+        done: Callable[[int], None] | None = None,
+    ) -> float:
+        """Adds the gradients of these micro-batches to param.grad, as train_step does; the mean loss.
+
+        seed: the same on every rank; that of micro-batch i is seed + i. agree: collective, what all ranks make of the
+        last one's losses: (mean, factor on the gradients, whether loss_fn returned sums). done(stage): called when all
+        gradients of a micro-batch are there in that stage."""
         self._size_rings(parts[0], seed, has_targets=True)
         schedule = self.schedule_of(len(parts))
         engine = self._engine(schedule)
         aside = self._set_aside()
         self._tied_gradients.begin()
-        engine.run(schedule, self.rank, parts, losses, lambda micro_batch: seed + micro_batch)
-        facts = torch.tensor([losses.mean, losses.scale, float(losses.is_sum)], dtype=torch.float64)
-        dist.broadcast(facts, group=self.group, group_src=self._last_rank)
-        mean, scale, is_sum = facts.tolist()
-        self._loss_is_sum = bool(is_sum)
+        engine.run(schedule, self.rank, parts, losses, lambda micro_batch: seed + micro_batch, done=done)
+        mean, scale, self._loss_is_sum = agree(losses)
         self._scale(scale, aside is None)
         self._tied_gradients.end()
         for parameter, grad in (aside or {}).items():
             parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
-        return torch.tensor(mean)
+        return mean
 
     def _set_aside(self) -> dict[nn.Parameter, torch.Tensor] | None:
         """The gradients of earlier steps, where those of this one may have to be scaled by themselves."""
@@ -286,12 +279,18 @@ class Pipeline(nn.Module):
     def _eval_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
         losses = Losses.of(batch, loss_fn)
         parts = cut_batch(batch, min(self.micro_batches, size_of(batch)))
-        seed = self._agree(signature(batch))
+        self.evaluate(parts, losses, self._agree(signature(batch)))
+        return torch.tensor(self._facts(losses)[0])
+
+    def evaluate(self, parts: list[Any], losses: Losses, seed: int) -> None:
+        """The losses of micro-batches, which the rank of the last stage knows then."""
         self._size_rings(parts[0], seed, has_targets=True)
         self._forward_only(parts, losses, seed, has_targets=True)
-        mean = torch.tensor(losses.mean, dtype=torch.float64)
-        dist.broadcast(mean, group=self.group, group_src=self._last_rank)
-        return mean.float()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is here."""
+        return self.rank == self._last_rank
 
     def _forward_only(self, parts: list[Any], losses: Losses | None, seed: int, has_targets: bool) -> Engine:
         """A stage runs all micro-batches before the next one of its rank."""

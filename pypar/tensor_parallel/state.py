@@ -42,7 +42,7 @@ def load_full_optimizer_state(
 
     Raises ValueError for a name that is no parameter of the module, or a shape that isn't the full parameter's.
     """
-    named, shards = dict(module.named_parameters()), _shards(module)
+    named, shards = dict(module.named_parameters()), shards_by_name(module)
     for name, state in full.items():
         if name not in named:
             raise ValueError(f"optimizer state for {name}, which is no parameter of {type(module).__name__}")
@@ -58,12 +58,13 @@ def load_full_optimizer_state(
             optimizer.state[parameter][key] = part.to(parameter.device, copy=True)
 
 
-def _shards(module: nn.Module) -> dict[str, Shard]:
+def shards_by_name(module: nn.Module) -> dict[str, Shard]:
+    """{name in the whole module: shard} of the parameters that are cut."""
     return {f"{prefix}.{n}" if prefix else n: s for prefix, m in _all(module) for n, s in shards_of(m).items()}
 
 
 def _gather(module, named, value) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
-    shards = _shards(module)
+    shards = shards_by_name(module)
     done: dict[int, torch.Tensor] = {}  # a tied weight travels once
     full = {}
     with torch.no_grad():

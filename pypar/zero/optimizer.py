@@ -40,6 +40,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.flats, self.reducer = list(flats), reducer
         self.group, self.rank = reducer.group, reducer.rank
         self.num_skipped = 0
+        self.agree_in: list[dist.ProcessGroup] = []  # groups, over other axes, that leave the same steps out
         self.names: dict[int, str] = {}  # of each piece's parameter, by id of the piece
         self.places: dict[int, tuple[FlatParameters, int, int, int]] = {}  # flat, begin, end, start, by id of the piece
         named = {id(p): n for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)}
@@ -99,6 +100,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             dist.all_reduce(squares, group=self.group)
         return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.inf
 
+    def _is_finite(self) -> bool:
+        finite = math.isfinite(self._norm())
+        for group in self.agree_in:
+            count = torch.tensor(0 if finite else 1)
+            dist.all_reduce(count, group=group)
+            finite = int(count) == 0
+        return finite
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scales the gradients so that their norm over all ranks' shards is at most max_norm; returns what it was.
@@ -132,7 +141,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not math.isfinite(self._norm()):  # also a barrier: nobody reads the parameters any more
+        if not self._is_finite():  # also a barrier: nobody reads the parameters any more
             self.num_skipped += 1
             return loss
         shards = {id(bucket.parameters): bucket for bucket in self.reducer.buckets}

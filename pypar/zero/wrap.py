@@ -184,6 +184,15 @@ class Zero(nn.Module):
                 flat.keep()
         self._free()
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block the parameters are there on every rank, for passes that don't go through this module's
+        forward. Collective where they come and go."""
+        self._watch.check()
+        with self._gatherer.keeping():
+            yield
+        self._free()
+
     def _free(self) -> None:
         """What is whole, where parameters come and go."""
         self._gatherer.finish()

@@ -1,0 +1,143 @@
+"""Models, batches and comparisons of the tests of plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pypar.hybrid import Plan
+from pypar.verify.steps import Run, Settings, alone, together
+
+VOCAB = 97
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.mlp = Mlp(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.head_dim = dim // heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.o_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.gelu(self.up_proj(x)))
+
+
+class Gpt(nn.Module):
+    """An own language model: no Hugging Face, no plan of its own."""
+
+    def __init__(self, layers: int = 4, dim: int = 24, heads: int = 4, tied: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, dim)
+        self.position = nn.Embedding(16, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.lm_head = nn.Linear(dim, VOCAB, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids) + self.position(torch.arange(input_ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.norm(x))
+
+
+def make_model(kind: str, layers: int = 4, tied: bool = False, heads: int = 4, dropout: float = 0.0) -> nn.Module:
+    torch.manual_seed(11)
+    dim = 6 * heads
+    if kind == "own":
+        return Gpt(layers, dim, heads, tied, dropout)
+    import transformers
+
+    if kind == "llama":
+        config: Any = transformers.LlamaConfig(
+            vocab_size=VOCAB, hidden_size=8 * heads, intermediate_size=44, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=2 if heads % 2 == 0 else 1, max_position_embeddings=32,
+            tie_word_embeddings=tied, attention_dropout=dropout,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=32, n_embd=8 * heads, n_layer=layers, n_head=heads, tie_word_embeddings=tied,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def make_batches(count: int, samples: int, padded: bool = True) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(VOCAB, (samples, 12), generator=generator)
+        labels = ids.clone()
+        if padded:  # the last tokens of some sequences do not count
+            for row in range(samples):
+                labels[row, 12 - int(torch.randint(6, (1,), generator=generator)) :] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
+
+
+def differences(found: Run, wanted: Run, rtol: float = 1e-5, atol: float = 1e-6) -> list[str]:
+    """What isn't the same, a line each."""
+    wrong = []
+    for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
+        if abs(a - b) > atol + rtol * abs(b):
+            wrong.append(f"loss of step {step}: {a}, not {b}")
+    for step, (a, b) in enumerate(zip(found.norms, wanted.norms, strict=True)):
+        if abs(a - b) > atol + rtol * abs(b):
+            wrong.append(f"norm of step {step}: {a}, not {b}")
+    kinds = [
+        (f"gradient of step {n}", a, b) for n, (a, b) in enumerate(zip(found.gradients, wanted.gradients, strict=True))
+    ]
+    kinds += [("weight", found.weights, wanted.weights)]
+    for what, ours, theirs in kinds:
+        if ours.keys() != theirs.keys():
+            wrong.append(f"{what}: names {sorted(ours.keys() ^ theirs.keys())[:4]}")
+        for name in ours.keys() & theirs.keys():
+            a, b = ours[name], theirs[name]
+            if a.shape != b.shape or not torch.allclose(a, b, rtol=rtol, atol=atol):
+                worst = (a - b).abs().max().item() if a.shape == b.shape else list(a.shape)
+                wrong.append(f"{what} {name}: off by {worst} of {b.abs().max().item()}")
+    return wrong
+
+
+def run_plans(rank: int, world: int, cells: list[tuple[str, dict, Plan, int, Settings]]) -> list[Any]:
+    """Of every (kind of model, its options, plan, samples of a batch, settings): what `together` gives."""
+    results: list[Any] = []
+    for kind, options, plan, samples, settings in cells:
+        batches = make_batches(3 * settings.accumulate, samples)
+        found = together(make_model(kind, **options), plan, batches, settings)
+        results.append(found if rank == 0 else None)
+    return results
+
+
+def wanted(kind: str, options: dict, samples: int, settings: Settings) -> Run:
+    return alone(make_model(kind, **options), make_batches(3 * settings.accumulate, samples), settings)
