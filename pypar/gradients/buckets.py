@@ -35,6 +35,13 @@ def place_of(param: torch.Tensor) -> torch.Tensor | None:
     return slot.view if slot.view.is_contiguous() else None
 
 
+def set_aside(param: torch.Tensor) -> torch.Tensor | None:
+    """Takes param.grad away; a copy of it, where a reducer has a place for the gradients to come."""
+    grad, param.grad = param.grad, None
+    slot = getattr(param, "_pypar_slot", SlotRef())()
+    return grad if grad is None or slot is None else grad.clone()
+
+
 class Slot:
     """One parameter's place in a bucket."""
 

@@ -13,13 +13,11 @@ import torch.distributed as dist
 from pypar.hybrid.axes import Axes
 from pypar.pipeline_parallel.batch import signature, size_of, tokens_of
 
-SEEDS_PER_STEP = 1 << 20  # micro-batches of one rank of the data axis
-
 
 @dataclass(frozen=True)
 class Facts:
-    """seed: of this rank's first micro-batch, the same on the ranks that share it. samples, tokens: of the global
-    batch. least: samples of the smallest share."""
+    """seed: of the first micro-batch of the first share. samples, tokens: of the global batch. least: samples of the
+    smallest share."""
 
     seed: int
     samples: int
@@ -59,7 +57,7 @@ def agree(batch: Any, counts_tokens: bool, axes: Axes) -> Facts:
             f"pypar: data-parallel share {empty[0]} of {axes.dp} has no sample; a batch needs {axes.dp} at least"
         )
     return Facts(
-        everyone[0][0] + axes.dp_rank * SEEDS_PER_STEP,
+        everyone[0][0],
         sum(share[2] for share in shares),
         sum(share[3] for share in shares),
         min(share[2] for share in shares),

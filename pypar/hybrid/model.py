@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pypar.data_parallel import DataParallel
-from pypar.hybrid.agree import Facts, agree
+from pypar.gradients.buckets import set_aside
+from pypar.hybrid.agree import agree
 from pypar.hybrid.axes import Axes
 from pypar.hybrid.loss import entropy_of
 from pypar.hybrid.norm import Norm
@@ -149,17 +150,19 @@ class HybridModel(nn.Module):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _train_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
-        losses, facts = self._begin(batch, loss_fn)
-        parts = cut_batch(batch, min(self.plan.micro_batches, facts.least))
+        parts, losses, seed = self._begin(batch, loss_fn)
         run = self._plain_step if self.pipeline is None else self._pipeline_step
-        return torch.tensor(run(parts, losses, facts))
+        return torch.tensor(run(parts, losses, seed))
 
-    def _begin(self, batch: Any, loss_fn: LossFn | None) -> tuple[Losses, Facts]:
+    def _begin(self, batch: Any, loss_fn: LossFn | None) -> tuple[list[Any], Losses, int]:
+        """(micro-batches, losses, seed of the first one). Every share has as many, so that a micro-batch has one number
+        among all, by which it is seeded: whatever the layout, dropout is the same where the pieces are."""
         losses = Losses.of(batch, loss_fn)
         facts = agree(batch, loss_fn is None, self.axes)
         losses.num_samples, losses.factor, losses.entropy = facts.samples, float(self.axes.dp), self._entropy
         losses.total = None if losses.total is None else float(facts.tokens)
-        return losses, facts
+        parts = cut_batch(batch, min(self.plan.micro_batches, facts.least))
+        return parts, losses, facts.seed + self.axes.dp_rank * len(parts)
 
     def _all(self, losses: Losses) -> tuple[float, float, bool]:
         """(mean over the global batch, factor on this step's gradients, whether loss_fn returns sums). Collective."""
@@ -172,13 +175,13 @@ class HybridModel(nn.Module):
         value, count, sums = facts.tolist()
         return value / count if count else 0.0, self.axes.dp / count if sums and count else 1.0, bool(sums)
 
-    def _plain_step(self, parts: list[Any], losses: Losses, facts: Facts) -> float:
+    def _plain_step(self, parts: list[Any], losses: Losses, seed: int) -> float:
         aside: dict[nn.Parameter, torch.Tensor] = {}
         mean = 0.0
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.no_sync():
-                with _seeded(facts.seed + index, self.training):
+                with _seeded(seed + index, self.training):
                     loss = losses.add(self._call(part), part)
                 if losses.is_sum and index == 0:
                     aside = self._set_aside()
@@ -192,10 +195,8 @@ class HybridModel(nn.Module):
 
     def _set_aside(self) -> dict[nn.Parameter, torch.Tensor]:
         """Gradients of earlier steps, which the factor of this one does not concern."""
-        kept = {p: p.grad.clone() for p in self.module.parameters() if p.grad is not None}
-        for parameter in kept:
-            parameter.grad = None
-        return kept
+        kept = {parameter: set_aside(parameter) for parameter in self.module.parameters()}
+        return {parameter: grad for parameter, grad in kept.items() if grad is not None}
 
     @torch.no_grad()
     def _scale_local(self, scale: float, aside: dict[nn.Parameter, torch.Tensor]) -> None:
@@ -206,7 +207,7 @@ class HybridModel(nn.Module):
                 kept = aside[parameter]
                 parameter.grad = kept if parameter.grad is None else parameter.grad.add_(kept)
 
-    def _pipeline_step(self, parts: list[Any], losses: Losses, facts: Facts) -> float:
+    def _pipeline_step(self, parts: list[Any], losses: Losses, seed: int) -> float:
         assert self.pipeline is not None
         reducer = None if self._data is None else self._data._reducer
         shards = ShardsAside(reducer) if self._by_stage and self._is_sum is not False else None
@@ -224,7 +225,7 @@ class HybridModel(nn.Module):
         if reducer is not None:
             reducer.sync = False
         with self._whole():
-            mean = self.pipeline.accumulate(parts, losses, facts.seed, all_ranks, done if self._by_stage else None)
+            mean = self.pipeline.accumulate(parts, losses, seed, all_ranks, done if self._by_stage else None)
         if shards is not None:
             shards.join(scales[0])
         if reducer is not None:
@@ -233,14 +234,13 @@ class HybridModel(nn.Module):
         return mean
 
     def _eval_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
-        losses, facts = self._begin(batch, loss_fn)
-        parts = cut_batch(batch, min(self.plan.micro_batches, facts.least))
+        parts, losses, seed = self._begin(batch, loss_fn)
         if self.pipeline is not None:
             with self._whole():
-                self.pipeline.evaluate(parts, losses, facts.seed)
+                self.pipeline.evaluate(parts, losses, seed)
         else:
             for index, part in enumerate(parts):
-                with _seeded(facts.seed + index, self.training):
+                with _seeded(seed + index, self.training):
                     losses.add(self._call(part), part)
         return torch.tensor(self._all(losses)[0])
 

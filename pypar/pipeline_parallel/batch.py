@@ -90,6 +90,8 @@ class Losses:
             raise ValueError(
                 "without loss_fn a batch is a dict with 'labels' (the causal language-model loss); give one"
             )
+        if not isinstance(batch["labels"], torch.Tensor):
+            raise ValueError(f"batch['labels'] is {type(batch['labels']).__name__}; expected a tensor [batch, tokens]")
         return cls(None, size_of(batch), tokens_of(batch))
 
     def add(self, output: Any, batch: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pypar.gradients.buckets import set_aside
 from pypar.placement import Cut, Part
 
 
@@ -61,9 +62,8 @@ class TiedGradients:
         self._before = []
         for each in self.tied:
             parameter = each.parameter
-            self._before.append(None if parameter is None else parameter.grad)
+            self._before.append(None if parameter is None else set_aside(parameter))
             if parameter is not None:
-                parameter.grad = None
                 parameter.__dict__.pop("_pypar_second_grad", None)
 
     @torch.no_grad()

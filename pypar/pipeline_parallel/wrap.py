@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pypar.gradients.buckets import set_aside
 from pypar.pipeline_parallel.batch import Losses, LossFn, cut_batch, signature, size_of
 from pypar.pipeline_parallel.engine import Engine, abort
 from pypar.pipeline_parallel.generate import generate
@@ -250,11 +251,8 @@ class Pipeline(nn.Module):
         """The gradients of earlier steps, where those of this one may have to be scaled by themselves."""
         if self._loss_is_sum is False:
             return None
-        kept = {}
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                kept[parameter], parameter.grad = parameter.grad, None
-        return kept
+        kept = {parameter: set_aside(parameter) for parameter in self.parameters()}
+        return {parameter: grad for parameter, grad in kept.items() if grad is not None}
 
     @torch.no_grad()
     def _scale(self, scale: float, mixed: bool) -> None:

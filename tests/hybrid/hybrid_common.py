@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pypar.hybrid import Plan
-from pypar.verify.steps import Run, Settings, alone, together
+from pypar.verify.steps import Run
 
 VOCAB = 97
 
@@ -54,13 +53,13 @@ class Mlp(nn.Module):
 class Gpt(nn.Module):
     """An own language model: no Hugging Face, no plan of its own."""
 
-    def __init__(self, layers: int = 4, dim: int = 24, heads: int = 4, tied: bool = False, dropout: float = 0.0):
+    def __init__(self, layers: int, dim: int, heads: int, tied: bool, dropout: float, vocab: int):
         super().__init__()
-        self.embed = nn.Embedding(VOCAB, dim)
+        self.embed = nn.Embedding(vocab, dim)
         self.position = nn.Embedding(16, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
-        self.lm_head = nn.Linear(dim, VOCAB, bias=False)
+        self.lm_head = nn.Linear(dim, vocab, bias=False)
         if tied:
             self.lm_head.weight = self.embed.weight
 
@@ -71,36 +70,46 @@ class Gpt(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def make_model(kind: str, layers: int = 4, tied: bool = False, heads: int = 4, dropout: float = 0.0) -> nn.Module:
+def make_model(
+    kind: str, layers: int = 4, tied: bool = False, heads: int = 4, dropout: float = 0.0, vocab: int = VOCAB,
+    frozen: bool = False,
+) -> nn.Module:  # fmt: skip
     torch.manual_seed(11)
-    dim = 6 * heads
+    model = _make(kind, layers, tied, heads, dropout, vocab)
+    if frozen:
+        for index, parameter in enumerate(model.parameters()):
+            parameter.requires_grad_(index % 3 != 2)
+    return model
+
+
+def _make(kind: str, layers: int, tied: bool, heads: int, dropout: float, vocab: int) -> nn.Module:
     if kind == "own":
-        return Gpt(layers, dim, heads, tied, dropout)
+        return Gpt(layers, 6 * heads, heads, tied, dropout, vocab)
     import transformers
 
     if kind == "llama":
         config: Any = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=8 * heads, intermediate_size=44, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=2 if heads % 2 == 0 else 1, max_position_embeddings=32,
-            tie_word_embeddings=tied, attention_dropout=dropout,
+            vocab_size=vocab, hidden_size=8 * heads, intermediate_size=44, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+            max_position_embeddings=32, tie_word_embeddings=tied, attention_dropout=dropout,
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config)
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=8 * heads, n_layer=layers, n_head=heads, tie_word_embeddings=tied,
+        vocab_size=vocab, n_positions=32, n_embd=8 * heads, n_layer=layers, n_head=heads, tie_word_embeddings=tied,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
 
-def make_batches(count: int, samples: int, padded: bool = True) -> list[dict[str, torch.Tensor]]:
+def make_batches(count: int, samples: int, vocab: int = VOCAB) -> list[dict[str, torch.Tensor]]:
+    """Of sequences of which some are padded: their last tokens do not count."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for _ in range(count):
-        ids = torch.randint(VOCAB, (samples, 12), generator=generator)
+        ids = torch.randint(vocab, (samples, 12), generator=generator)
         labels = ids.clone()
-        if padded:  # the last tokens of some sequences do not count
-            for row in range(samples):
-                labels[row, 12 - int(torch.randint(6, (1,), generator=generator)) :] = -100
+        for row in range(samples):
+            labels[row, 12 - int(torch.randint(6, (1,), generator=generator)) :] = -100
         batches.append({"input_ids": ids, "labels": labels})
     return batches
 
@@ -127,17 +136,3 @@ def differences(found: Run, wanted: Run, rtol: float = 1e-5, atol: float = 1e-6)
                 worst = (a - b).abs().max().item() if a.shape == b.shape else list(a.shape)
                 wrong.append(f"{what} {name}: off by {worst} of {b.abs().max().item()}")
     return wrong
-
-
-def run_plans(rank: int, world: int, cells: list[tuple[str, dict, Plan, int, Settings]]) -> list[Any]:
-    """Of every (kind of model, its options, plan, samples of a batch, settings): what `together` gives."""
-    results: list[Any] = []
-    for kind, options, plan, samples, settings in cells:
-        batches = make_batches(3 * settings.accumulate, samples)
-        found = together(make_model(kind, **options), plan, batches, settings)
-        results.append(found if rank == 0 else None)
-    return results
-
-
-def wanted(kind: str, options: dict, samples: int, settings: Settings) -> Run:
-    return alone(make_model(kind, **options), make_batches(3 * settings.accumulate, samples), settings)
