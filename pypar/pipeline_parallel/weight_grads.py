@@ -58,6 +58,37 @@ def attach(module: nn.Module, queue: WeightQueue, second: set[int]) -> None:
         if (type(layer) is nn.Linear or is_conv) and layer.weight.requires_grad:
             apart = id(layer.weight) in second
             layer.forward = _forward(layer, queue, is_conv, apart)  # type: ignore[method-assign,assignment]
+        elif hasattr(type(layer), "weight_gradient") and layer.weight.requires_grad:  # tensor parallel's
+            layer.weight_gradient = _late(layer, queue, id(layer.weight) in second)  # type: ignore[assignment]
+
+
+def _late(layer: Any, queue: WeightQueue, apart: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def late(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return _Late.apply(y, x, layer.weight, layer, queue, apart)
+
+    return late
+
+
+class _Late(torch.autograd.Function):
+    """y, made of x and a weight that its own graph does not know."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, layer: Any, queue: WeightQueue, apart: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.parameter, ctx.transposed, ctx.queue, ctx.apart = layer.weight, layer.transposed, queue, apart
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])  # [M, N]
+        rows = x.reshape(-1, x.shape[-1])  # [M, K]
+        a, b = (rows, dy) if ctx.transposed else (dy, rows)
+        parameter, apart = ctx.parameter, ctx.apart
+        ctx.queue.do(lambda: _accumulate(parameter, a, b, apart))
+        return grads[0], None, None, None, None, None
 
 
 def _forward(layer: Any, queue: WeightQueue, is_conv: bool, apart: bool) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -42,6 +42,8 @@ class _ParallelLinear(nn.Linear):
     cut: Cut
     place: Place
     force: RowsInForce | None = None  # set by sequence parallel
+    # (y, x) -> y, whose backward computes the weight's gradient when it likes; set by a pipeline.
+    weight_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def __init__(
         self,
@@ -120,6 +122,16 @@ class _ParallelLinear(nn.Linear):
         """[out, in], this rank's part."""
         return self.weight.t() if self.transposed else self.weight
 
+    def _defers(self, x: torch.Tensor) -> bool:
+        """Whether somebody else computes the weight's gradient."""
+        return (
+            self.weight_gradient is not None
+            and torch.is_grad_enabled()
+            and self.weight.requires_grad
+            and x.dtype == self.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
     def extra_repr(self) -> str:
         sizes = self.cut.sizes()
         return f"{super().extra_repr()}, rank {self.place.rank} of {self.place.world_size} holds {sizes}"
@@ -195,6 +207,9 @@ class ColumnParallelLinear(_ParallelLinear):
         else:
             x = self.shared_input(input) if self.shared_input is not None else self.copy_in(input)
             layout = self.place.determinism == "layout"
+            if self.weight_gradient is not None and not (layout or self.cut.has_copies()) and self._defers(x):
+                y = self.weight_gradient(F.linear(x, self._linear_weight().detach(), self.bias), x.detach())
+                return gather_last(y, self.cut, rank, group_name) if self.gather_output else y
             y = column_linear(x, *self.operands(), self.shard_sizes) if layout else F.linear(x, *self.operands())
         return gather_last(y, self.cut, rank, group_name) if self.gather_output else y
 
@@ -257,7 +272,10 @@ class RowParallelLinear(_ParallelLinear):
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if rows is None:
             level = self.place.determinism
+            late = self.weight_gradient if level != "layout" and self._defers(x) else None
+            weight = weight if late is None else weight.detach()
             y = ops.matmul_all_reduce(flat, weight, group_name, bias=bias, determinism=level, sizes=self.cut.sizes())
+            y = y if late is None else late(y, flat.detach())
             return y.reshape(*x.shape[:-1], self.out_features)
         y = ops.matmul_reduce_scatter(flat, weight, group_name, bias=bias, splits=rows.sizes)
         return y if x.dim() == 2 else y[None]

@@ -210,7 +210,9 @@ def test_every_rank_says_what_is_wrong(case: str, says: list[str]):
         assert all(each in text for each in says), text
 
 
-@pytest.mark.parametrize(("case", "says"), [("loss", "loss_fn returned [2, 12, 97]"), ("one rank", "batch['labels'] is str")])
+@pytest.mark.parametrize(
+    ("case", "says"), [("loss", "loss_fn returned [2, 12, 97]"), ("one rank", "batch['labels'] is str")]
+)
 def test_what_one_rank_raises_the_others_learn(case: str, says: str):
     texts = run_ranks(_refused, 4, case, timeout_s=20)
     assert all(says in text or "PeerError" in text for text in texts), texts
