@@ -9,7 +9,7 @@ BUILT := $(VENV)/.built
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c')
 
-.PHONY: install train test check bench sanitize clean
+.PHONY: install train test verify-matrix check bench sanitize clean
 
 install: $(BUILT)
 
@@ -28,6 +28,9 @@ train: install  ## the main job: two ranks learn the standard library's sources
 
 test: check  ## every test, the long ones included
 	$(BIN)/python -m pytest tests
+
+verify-matrix: install  ## every plan against one process, 20 minutes; writes docs/matrix.md
+	$(BIN)/python tests/hybrid/matrix.py --docs docs/matrix.md
 
 check: install  ## format, lint, types, layering: under a minute
 	$(BIN)/ruff format --check .

@@ -52,6 +52,8 @@ class HybridModel(nn.Module):
         self._norm = norm
         self._entropy = entropy_of(module, axes.tp_group)
         self._call = Caller(module, self.forward)
+        double = any(p.dtype == torch.float64 for p in module.parameters())
+        self._dtype = torch.float64 if double else torch.float32  # of losses
         self._is_sum: bool | None = None  # loss_fn returns (sum, count), as far as is known
         self._by_stage: dict[int, list[Any]] = {}
         if pipeline is not None and isinstance(data, Zero) and data.stage > 1 and plan.reduce != "once":
@@ -152,7 +154,7 @@ class HybridModel(nn.Module):
     def _train_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:
         parts, losses, seed = self._begin(batch, loss_fn)
         run = self._plain_step if self.pipeline is None else self._pipeline_step
-        return torch.tensor(run(parts, losses, seed))
+        return torch.tensor(run(parts, losses, seed), dtype=self._dtype)
 
     def _begin(self, batch: Any, loss_fn: LossFn | None) -> tuple[list[Any], Losses, int]:
         """(micro-batches, losses, seed of the first one). Every share has as many, so that a micro-batch has one number
@@ -242,7 +244,7 @@ class HybridModel(nn.Module):
             for index, part in enumerate(parts):
                 with _seeded(seed + index, self.training):
                     losses.add(self._call(part), part)
-        return torch.tensor(self._all(losses)[0])
+        return torch.tensor(self._all(losses)[0], dtype=self._dtype)
 
     def _whole(self) -> AbstractContextManager[None]:
         """While a pipeline runs every parameter is there: micro-batches come too thick for gathering each time."""

@@ -146,4 +146,5 @@ def causal_loss(
     flat, targets = logits[..., :-1, :].reshape(-1, logits.shape[-1]), labels[..., 1:].reshape(-1)
     if entropy is not None:
         return entropy(flat, targets)
-    return F.cross_entropy(flat.float(), targets, ignore_index=IGNORED, reduction="sum")
+    wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")

@@ -30,7 +30,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.head_dim = dim // heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in range(3))
+        # Without a bias of keys, which the softmax does not see: its gradient is noise alone.
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=n != 1) for n in range(3))
         self.o_proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

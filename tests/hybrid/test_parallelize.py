@@ -159,6 +159,31 @@ def test_dropout_depends_on_the_micro_batch_and_not_on_the_plan():
         assert mine == pytest.approx([mine[0]] * len(mine), rel=1e-5), plans
 
 
+def _whole_gradients(rank: int, world: int, reduce: str) -> tuple[set[str], set[str]]:
+    """(parameters of blocks whose full gradients are there when a reduction begins, all parameters of blocks)"""
+    plan = Plan(pp=2, dp=2, zero=3, schedule="interleaved", micro_batches=2, reduce=reduce)
+    model, _ = pypar.parallelize(make_model("own"), plan)
+    reducer = model.zero._reducer
+    reduces, most = reducer.reduce_now, set()
+
+    def spy(*args: Any, **kwargs: Any) -> None:
+        held = {n for n, p in model.module.named_parameters() if p.grad is not None and n.startswith("blocks.")}
+        most.update(held) if len(held) > len(most) else None
+        reduces(*args, **kwargs)
+
+    reducer.reduce_now = spy
+    model.train_step(model.local_batch(make_batches(1, 8)[0]))
+    return most, {n for n, _ in model.module.named_parameters() if n.startswith("blocks.")}
+
+
+def test_gradients_of_one_stage_are_whole_at_a_time_or_all_until_the_end():
+    for most, every in run_ranks(_whole_gradients, 4, "auto"):
+        assert len({name.split(".")[1] for name in every}) == 2, "two stages of a block each"
+        assert len({name.split(".")[1] for name in most}) == 1, most
+    for most, every in run_ranks(_whole_gradients, 4, "once"):
+        assert most == every
+
+
 def _refused(rank: int, world: int, case: str) -> str:
     model = make_model("own")
     batch = make_batches(1, 8)[0]
