@@ -28,6 +28,7 @@ class Way:
     kind: str
     schedule: str = ""
     backend: str = ""
+    split: str = "auto"
 
 
 WAYS = {
@@ -41,6 +42,9 @@ WAYS = {
     "pp-zbh1-pypar": Way("pypar", "zbh1", "pypar"),
     "pp-zb2p-pypar": Way("pypar", "zb2p", "pypar"),
     "pp-zbv-pypar": Way("pypar", "zbv", "pypar"),
+    "pp-1f1b-balanced": Way("pypar", "1f1b", "pypar", "balanced"),
+    "pp-zb2p-balanced": Way("pypar", "zb2p", "pypar", "balanced"),
+    "pp-zbv-balanced": Way("pypar", "zbv", "pypar", "balanced"),
 }
 
 
@@ -83,7 +87,9 @@ class PipelineRank(StepRank):
         model = GPT(config)
         if way.kind == "pypar":
             group = self.groups[way.backend]
-            module: nn.Module = pypar.Pipeline(model, group, schedule=way.schedule, micro_batches=MICRO_BATCHES)
+            module: nn.Module = pypar.Pipeline(
+                model, group, schedule=way.schedule, micro_batches=MICRO_BATCHES, split=way.split
+            )
         elif way.kind == "torch":
             module = self.build_torch(way, model)
         else:

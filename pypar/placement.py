@@ -8,27 +8,39 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
+from pypar.pieces import pieces_of
+
 
 @dataclass
 class Part:
-    """A module that one stage runs whole: a block, or what lies outside of the blocks. cost: of its matmuls."""
+    """A module that one stage runs whole: a block, a piece of one that is cut inside, or what lies outside of the
+    blocks. cost: of its matmuls. block: name of the block whose piece it is."""
 
     name: str
     module: nn.Module
     is_block: bool
     cost: int
     stage: int = -1
+    block: str = ""
+
+    @property
+    def is_inner(self) -> bool:
+        """A block, or a piece of one."""
+        return self.is_block or bool(self.block)
 
 
 @dataclass
 class Cut:
     """parts: all modules with parameters, each in one stage. shared: names of parameters that stand directly on a
-    module around the blocks, which every stage keeps. boundary[k]: name of stage k's block whose output goes on."""
+    module around the blocks, which every stage keeps. boundary[k]: name of stage k's last block or piece, whose output
+    goes on. beside[k]: where stage k ends inside a block, what else goes on: the output of the block before, and of the
+    pieces behind it."""
 
     num_stages: int
     parts: list[Part]
     boundary: list[str]
     shared: list[str] = field(default_factory=list)
+    beside: dict[int, list[str]] = field(default_factory=dict)
 
     def of_stage(self, stage: int) -> list[Part]:
         return [part for part in self.parts if part.stage == stage]
@@ -36,8 +48,8 @@ class Cut:
     def table(self) -> str:
         lines = []
         for stage in range(self.num_stages):
-            blocks = [p.name for p in self.of_stage(stage) if p.is_block]
-            others = [p.name for p in self.of_stage(stage) if not p.is_block]
+            blocks = [p.name for p in self.of_stage(stage) if p.is_inner]
+            others = [p.name for p in self.of_stage(stage) if not p.is_inner]
             span = blocks[0] if len(blocks) == 1 else f"{blocks[0]} ... {blocks[-1]}"
             cost = sum(p.cost for p in self.of_stage(stage))
             lines.append(f"stage {stage}: {len(blocks)} blocks ({span}), {', '.join(others) or '-'}; cost {cost:,}")
@@ -47,8 +59,10 @@ class Cut:
 def cut(root: nn.Module, num_stages: int, split: str | Sequence[str] | Sequence[int] = "auto") -> Cut:
     """Cuts `root` between its blocks: the entries of its outermost nn.ModuleLists and nn.Sequentials.
 
-    split  "auto": the stages' costs as equal as they go; numbers of blocks, one per stage; or names of the blocks with
-           which stages 1, 2, ... begin
+    split  "auto": the stages' costs as equal as they go; "balanced": the same, and a stage may end inside a block,
+           behind one of its children with matrices, where its code calls them one after the other and adds their
+           outputs up (pypar.pieces); numbers of blocks, one per stage; or names of the blocks, or of such children,
+           with which stages 1, 2, ... begin
 
     What was registered before the blocks (an embedding) goes to stage 0, what came behind (a norm, a head) to the last.
     Raises ValueError: no blocks, fewer than stages, a split that doesn't fit.
@@ -68,15 +82,79 @@ def cut(root: nn.Module, num_stages: int, split: str | Sequence[str] | Sequence[
             f"one; use up to {len(blocks)} stages"
         )
     before, behind, shared = _others(root, blocks)
-    starts = _starts(blocks, num_stages, split, sum(p.cost for p in before), sum(p.cost for p in behind))
-    for index, block in enumerate(blocks):
-        block.stage = sum(index >= start for start in starts) - 1
+    first, last = sum(p.cost for p in before), sum(p.cost for p in behind)
+    runs = _runs(blocks, split)
+    starts = _starts(runs, num_stages, split, first, last)
+    if split == "balanced":  # cut inside only where that is worth it
+        whole = [[block] for block in blocks]
+        between = _starts(whole, num_stages, "auto", first, last)
+        if _dearest(whole, between, first, last) <= _dearest(runs, starts, first, last):
+            runs, starts = whole, between
+    for index, run in enumerate(runs):
+        for part in run:
+            part.stage = sum(index >= start for start in starts) - 1
     for part in before:
         part.stage = 0
     for part in behind:
         part.stage = num_stages - 1
-    boundary = [blocks[start - 1].name for start in starts[1:]]
-    return Cut(num_stages, [*before, *blocks, *behind], boundary, shared)
+    inner, beside = _joined(blocks, [part for run in runs for part in run])
+    final = {run[-1].block or run[-1].name: run[-1].name for run in runs}  # of every block
+    ends = [runs[start - 1][-1] for start in starts[1:]]
+    boundary = [p.block if p.block and final[p.block] == p.name else p.name for p in ends]
+    kept = {stage: names for stage, names in beside.items() if stage < num_stages - 1}
+    return Cut(num_stages, [*before, *inner, *behind], boundary, shared, kept)
+
+
+def _runs(blocks: list[Part], split: str | Sequence[str] | Sequence[int]) -> list[list[Part]]:
+    """Parts between which a stage may begin: blocks, and of those that are to be cut inside a piece with matrices and
+    the small ones before it."""
+    wanted = set() if isinstance(split, str) else {each for each in split if isinstance(each, str)}
+    runs: list[list[Part]] = []
+    for index, block in enumerate(blocks):
+        pieces = pieces_of(block.module) if index > 0 and (split == "balanced" or _is_inside(wanted, block)) else []
+        parts = [Part(f"{block.name}.{n}", m, False, cost_of(m), block=block.name) for n, m in pieces]
+        if sum(part.cost > 0 for part in parts) < 2:
+            runs.append([block])
+            continue
+        run: list[Part] = []
+        for part in parts:
+            if run and run[-1].cost > 0 and any(p.cost > 0 for p in parts[parts.index(part) :]):
+                runs.append(run)
+                run = []
+            run.append(part)
+        runs.append(run)
+    return runs
+
+
+def _dearest(runs: list[list[Part]], starts: list[int], first: int, last: int) -> int:
+    costs = [sum(part.cost for part in run) for run in runs]
+    costs[0], costs[-1] = costs[0] + first, costs[-1] + last
+    return max(sum(costs[a:b]) for a, b in pairwise([*starts, len(costs)]))
+
+
+def _is_inside(names: set[str], block: Part) -> bool:
+    return any(name.startswith(f"{block.name}.") for name in names)
+
+
+def _joined(blocks: list[Part], parts: list[Part]) -> tuple[list[Part], dict[int, list[str]]]:
+    """(parts, with the pieces of a block that one stage runs as that block again; what goes on beside the boundary)"""
+    by_block: dict[str, list[Part]] = {}
+    for part in parts:
+        by_block.setdefault(part.block or part.name, []).append(part)
+    inner: list[Part] = []
+    beside: dict[int, list[str]] = {}
+    for index, block in enumerate(blocks):
+        pieces = by_block[block.name]
+        stages = sorted({part.stage for part in pieces})
+        if len(stages) == 1:
+            block.stage = stages[0]
+            inner.append(block)
+            continue
+        inner += pieces
+        for stage in stages[:-1]:
+            heavy = [part.name for part in pieces if part.cost > 0 and part.stage <= stage]
+            beside[stage] = [blocks[index - 1].name, *heavy]
+    return inner, beside
 
 
 def cost_of(module: nn.Module) -> int:
@@ -136,17 +214,22 @@ def _module_of(root: nn.Module, method: str) -> nn.Module | None:
 
 
 def _starts(
-    blocks: list[Part], num_stages: int, split: str | Sequence[str] | Sequence[int], first: int, last: int
+    runs: list[list[Part]], num_stages: int, split: str | Sequence[str] | Sequence[int], first: int, last: int
 ) -> list[int]:
-    """Index of the block with which each stage begins."""
+    """Index of the run with which each stage begins."""
+    blocks = [run[0] for run in runs]
     if isinstance(split, str):
-        if split != "auto":
-            raise ValueError(f"split={split!r}: give 'auto', numbers of blocks, or names of blocks")
-        costs = [block.cost for block in blocks]
+        if split not in ("auto", "balanced"):
+            raise ValueError(f"split={split!r}: give 'auto', 'balanced', numbers of blocks, or names of blocks")
+        costs = [sum(part.cost for part in run) for run in runs]
         costs[0], costs[-1] = costs[0] + first, costs[-1] + last
         return contiguous(costs, num_stages)[0]
     given = list(split)
-    names = [block.name for block in blocks]
+    names: dict[str, int] = {}
+    for number, run in enumerate(runs):
+        for part in run:
+            names.setdefault(part.block or part.name, number)
+            names.setdefault(part.name, number)
     if all(isinstance(each, int) for each in given):
         counts = [int(each) for each in split]
         if len(counts) != num_stages or sum(counts) != len(blocks) or min(counts) < 1:
@@ -155,14 +238,15 @@ def _starts(
                 f"{len(blocks)} blocks"
             )
         return [sum(counts[:stage]) for stage in range(num_stages)]
+    start, end = blocks[0].name, blocks[-1].block or blocks[-1].name
     unknown = [each for each in given if each not in names]
     if unknown:
-        raise ValueError(f"split: {unknown[0]!r} is no block; they are {names[0]} ... {names[-1]}")
-    starts = [0, *(names.index(str(each)) for each in given)]
+        raise ValueError(f"split: {unknown[0]!r} is no block, nor a child of one to cut at; they are {start} ... {end}")
+    starts = [0, *(names[str(each)] for each in given)]
     if len(starts) != num_stages or any(a >= b for a, b in pairwise(starts)):
         raise ValueError(
             f"split={given}: needs {num_stages - 1} names in order, of the blocks with which stages 1 to "
-            f"{num_stages - 1} begin; stage 0 begins with {names[0]}"
+            f"{num_stages - 1} begin; stage 0 begins with {start}"
         )
     return starts
 

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "pypar.gradients": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend"},
     "pypar.data_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
     "pypar.zero": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.gradients"},
-    "pypar.placement": set(),
+    "pypar.pieces": set(),
+    "pypar.placement": {"pypar.pieces"},
     # One device per rank is a pipeline with one micro-batch, which model parallel is written with.
     "pypar.model_parallel": {"pypar.placement", "pypar.pipeline_parallel"},
     "pypar.pipeline_parallel": {
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "pypar.symmetric",
         "pypar.mesh",
         "pypar.backend",
+        "pypar.pieces",
         "pypar.placement",
         "pypar.gradients",
     },

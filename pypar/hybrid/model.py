@@ -57,7 +57,7 @@ class HybridModel(nn.Module):
         self._is_sum: bool | None = None  # loss_fn returns (sum, count), as far as is known
         self._by_stage: dict[int, list[Any]] = {}
         if pipeline is not None and isinstance(data, Zero) and data.stage > 1 and plan.reduce != "once":
-            self._by_stage = stage_of_buckets(data, pipeline.cut)
+            self._by_stage = stage_of_buckets(data, pipeline.cut, set(pipeline.stages_here))
 
     pipeline: Pipeline | None
     _data: DataParallel | Zero | None

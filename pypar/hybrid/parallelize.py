@@ -101,7 +101,7 @@ def _starts(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     if plan.pp == 1:
         return ()
     schedule = make_schedule(plan.schedule, plan.pp, plan.micro_batches, plan.num_stages)
-    parts = [part for part in cut(model, schedule.num_stages, plan.split).parts if part.is_block]
+    parts = [part for part in cut(model, schedule.num_stages, plan.split).parts if part.is_inner]
     first: dict[int, str] = {}
     for part in parts:
         first.setdefault(part.stage, part.name)

@@ -41,7 +41,8 @@ class Plan:
     schedule        of the pipeline: pypar.pipeline_parallel.generators.NAMES
     micro_batches   into which a train_step cuts this rank's batch; without a pipeline they run one after the other
     num_stages      of schedules with several stages per rank; None: as the schedule has it
-    split           of the pipeline: "auto", numbers of blocks per stage, or names of the blocks with which stages begin
+    split           of the pipeline: "auto", "balanced" (also inside blocks), numbers of blocks per stage, or names of
+                    the blocks with which stages begin
     carry           names of blocks whose output later stages read as well
     tp_plan         "auto", or {pattern: style} as pypar.tensor_parallel takes it
     sequence_parallel, loss_parallel
@@ -181,6 +182,8 @@ class Plan:
             raise self._error(f"order={'+'.join(self.order)}", "name pp, dp and tp once each", order=AXES)
 
     def _check_schedule(self) -> None:
+        if self.recompute and self.split == "balanced":
+            raise self._error("split=balanced recompute=true", "blocks are computed again whole", split="auto")
         if self.schedule not in NAMES:
             raise self._error(f"schedule={self.schedule}", f"there are {', '.join(NAMES)}", schedule="1f1b")
         try:

@@ -10,15 +10,18 @@ from pypar.placement import Cut
 from pypar.zero import Zero
 
 
-def stage_of_buckets(zero: Zero, cut: Cut) -> dict[int, list[Any]]:
-    """{stage: buckets whose parameters are used in that stage alone}. The others' gradients (an embedding that is the
-    head as well, what stands outside of the units) are added up whole, and reduced at the end of the step."""
+def stage_of_buckets(zero: Zero, cut: Cut, here: set[int]) -> dict[int, list[Any]]:
+    """{stage: buckets whose parameters, of the stages `here`, that one uses alone}. The others' gradients (an embedding
+    that is the head as well, what stands outside of the units) are added up whole, and reduced at the end of the
+    step."""
     stages: dict[int, list[Any]] = {part.stage: [] for part in cut.parts}
     for bucket in zero._reducer.buckets:
         unit = bucket.parameters.unit
-        for part in cut.parts:
-            if part.is_block and (unit == part.name or unit.startswith(f"{part.name}.")):
-                stages[part.stage].append(bucket)
+        around = {p.stage for p in cut.parts if p.is_inner and f"{unit}.".startswith(f"{p.name}.")}
+        inside = {p.stage for p in cut.parts if p.block and unit and p.name.startswith(f"{unit}.")}
+        users = (around or inside) & here
+        if len(users) == 1:
+            stages[users.pop()].append(bucket)
     return stages
 
 

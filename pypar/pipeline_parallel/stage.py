@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pypar.pieces import pieces_of
 from pypar.pipeline_parallel.ghost import ghost_of, is_ghost
 from pypar.placement import Cut, Part
 
@@ -55,12 +56,19 @@ class Stages:
         for part in cut.parts:
             if part.stage not in here:
                 _strip(part.module)
+            pieces = pieces_of(part.module) if part.is_block else []
             part.module.forward = self._forward(part, part.module.forward)  # type: ignore[method-assign,assignment]
+            for name, piece in pieces:  # so that a block draws the same numbers whether it is cut or not
+                piece.forward = _seeded(piece, f"{part.name}.{name}", piece.forward)  # type: ignore[method-assign,assignment]
+        for name in dict.fromkeys(part.block for part in cut.parts if part.block):
+            block = root.get_submodule(name)
+            stages = {part.stage for part in cut.parts if part.block == name}
+            block.forward = self._around(name, block, stages, block.forward)  # type: ignore[method-assign,assignment]
 
     def leaves_behind(self, stage: int) -> list[str]:
         """Modules whose outputs go from `stage` to the next."""
         carried = [name for name in self.carry if self.parts[name].stage <= stage]
-        return list(dict.fromkeys([self.cut.boundary[stage], *carried]))
+        return list(dict.fromkeys([self.cut.boundary[stage], *self.cut.beside.get(stage, ()), *carried]))
 
     def run(self, stage: int, payload: Payload, call: Callable[[], Any], seed: int) -> Any:
         """What call(), which calls the model, returns at the last stage; else what goes to the next one. payload: from
@@ -68,7 +76,8 @@ class Stages:
         is_last = stage == self.cut.num_stages - 1
         like = None
         if stage > 0:
-            like = pytree.tree_map_only(torch.Tensor, ghost_of, payload[self.cut.boundary[stage - 1]])
+            block = self.cut.beside.get(stage - 1, [self.cut.boundary[stage - 1]])[0]
+            like = pytree.tree_map_only(torch.Tensor, ghost_of, payload[block])
         self.now = now = Pass(stage, payload, like)
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed(OURS | seed)
@@ -110,9 +119,27 @@ class Stages:
 
         return forward
 
+    def _around(
+        self, name: str, block: nn.Module, stages: set[int], original: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Of a block of which several stages have a piece."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            now = self.now
+            if now is not None and now.stage < min(stages):
+                raise Done
+            if now is not None and now.stage > max(stages):
+                return now.payload.get(name, now.like)
+            out = _with_seed(block, name, original, args, kwargs)
+            if now is not None and now.stage < self.cut.num_stages - 1 and name in self.leaves_behind(now.stage):
+                now.made[name] = out
+            return out
+
+        return forward
+
     def _own(self, part: Part, original: Callable[..., Any], now: Pass | None, args: Any, kwargs: Any) -> Any:
         if now is None:  # by itself, or computed again for a backward
-            return _with_seed(part, original, args, kwargs)
+            return _with_seed(part.module, part.name, original, args, kwargs)
         if any(is_ghost(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             raise RuntimeError(
                 f"stage {now.stage}: '{part.name}' reads a value of an earlier stage that isn't sent here. Of the "
@@ -123,21 +150,25 @@ class Stages:
             raise RuntimeError(
                 f"stage {now.stage}: '{part.name}' runs twice in one forward; a pipeline can't cut there"
             )
-        out = _with_seed(part, original, args, kwargs)
+        out = _with_seed(part.module, part.name, original, args, kwargs)
         if now.stage < self.cut.num_stages - 1 and part.name in self.leaves_behind(now.stage):
             now.made[part.name] = out
         return out
 
 
-def _with_seed(part: Part, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Runs the part with random numbers that depend on the forward and on the part's name alone: not on what ran
+def _seeded(module: nn.Module, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _with_seed(module, name, original, args, kwargs)
+
+
+def _with_seed(module: nn.Module, name: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Runs the module with random numbers that depend on the forward and on the module's name alone: not on what ran
     before, nor on the rank. Activation checkpointing restores the generator of the forward, and so finds them again."""
     seed = torch.default_generator.initial_seed()
-    if not part.module.training or seed >> _BITS << _BITS != OURS:
+    if not module.training or seed >> _BITS << _BITS != OURS:
         return original(*args, **kwargs)
-    digest = hashlib.blake2b(f"{seed} {part.name}".encode(), digest_size=7).digest()
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=_BITS // 8).digest()
     state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(int.from_bytes(digest, "little"))
+    torch.default_generator.manual_seed(OURS | int.from_bytes(digest, "little"))
     try:
         return original(*args, **kwargs)
     finally:

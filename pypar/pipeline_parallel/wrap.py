@@ -43,7 +43,8 @@ class Pipeline(nn.Module):
     schedule        a name (pypar.pipeline_parallel.generators.NAMES), a Schedule, or a function of the number of
                     micro-batches that returns one
     micro_batches   into which a batch is cut; a batch of fewer samples makes fewer
-    split           "auto" (equal costs), numbers of blocks per stage, or names of the blocks with which stages begin
+    split           "auto" (equal costs), "balanced" (also inside of blocks), numbers of blocks per stage, or names of
+                    the blocks, or of children of them, with which stages begin: see pypar.placement.cut
     num_stages      of schedules with several stages per rank; default as the schedule has it
     carry           names of blocks whose output later stages read as well (skip connections)
     init_sync       rank 0's parameters and buffers go to all ranks first

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.batch import causal_loss
 
+STEPS = 3
 VOCAB, WIDTH, SEQ = 61, 16, 12
 SETTINGS = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.1}
 
@@ -123,3 +125,26 @@ def reference(name, steps, size):
         optimizer.step()
         losses.append(loss.item())
     return losses, {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False)}, model.state_dict()
+
+
+def train(rank, world, name, schedule, micro_batches, size, split="auto"):
+    pipeline = Pipeline(build(name), schedule=schedule, micro_batches=micro_batches, split=split)
+    optimizer = torch.optim.AdamW(pipeline.parameters(), **SETTINGS)
+    losses = []
+    for batch in batches(name, STEPS, size):
+        optimizer.zero_grad()
+        losses.append(pipeline.train_step(batch, None if isinstance(batch, dict) else next_token_loss).item())
+        optimizer.step()
+    return losses, pipeline.full_gradients(), pipeline.full_state_dict()
+
+
+def check(found, expected):
+    losses, grads, state = found[0]
+    want_losses, want_grads, want_state = expected
+    assert all(f[0] == losses for f in found)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-5, atol=1e-6)
+    assert set(grads) == set(want_grads) and set(state) == set(want_state)
+    for n, want in want_grads.items():
+        torch.testing.assert_close(grads[n], want, rtol=1e-5, atol=1e-6, msg=lambda m, n=n: f"gradient of {n}: {m}")
+    for n, want in want_state.items():
+        torch.testing.assert_close(state[n], want, rtol=1e-5, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")

@@ -62,7 +62,8 @@ def dropout(rank, world, splits):
 
 def test_dropout_depends_on_neither_schedule_nor_split_nor_ranks():
     one = run_ranks(dropout, 1, [("gpipe", 3, "auto")])[0]
-    two = run_ranks(dropout, 2, [("gpipe", 3, "auto"), ("1f1b", 3, [1, 6]), ("zbh1", 3, ["blocks.3"])])[0]
+    splits = ([1, 6], ["blocks.3"], ["blocks.3.down"], "balanced")
+    two = run_ranks(dropout, 2, [("gpipe", 3, "auto"), *(("zbh1", 3, split) for split in splits)])[0]
     three = run_ranks(dropout, 3, [("1f1b", 3, "auto")])[0]
     loss, grads = one[0]
     for other_loss, other in [*two, *three]:
