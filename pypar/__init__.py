@@ -17,6 +17,8 @@ from pypar.tensor_parallel import (
 )
 from pypar.zero import Zero
 
+from pypar import verify  # isort: skip  (uses what stands above; can be called: pypar.verify(model_fn, plan, batch))
+
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
@@ -40,4 +42,5 @@ __all__ = [
     "ops",
     "parallelize",
     "tensor_parallel",
+    "verify",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 SUBCOMMANDS = {
     "train": ("pypar.trainer.main", "train a language model on this machine's cores, or under torchrun"),
+    "verify": ("pypar.verify.cli", "hold a model under a plan against one process: loss, every gradient, every weight"),
     "chart": ("pypar.pipeline_parallel.chart", "draw a pipeline schedule: what each rank runs when, holds and idles"),
     "bench": ("pypar.bench_cli", "measure collectives and training steps against gloo and others"),
     "doctor": ("pypar.doctor", "print versions, CPU features, transport and which kernel each op will run"),

@@ -183,7 +183,7 @@ class HybridModel(nn.Module):
         for index, part in enumerate(parts):
             is_last = index == len(parts) - 1
             with nullcontext() if is_last else self.no_sync():
-                with _seeded(seed + index, self.training):
+                with seeded(seed + index, self.training):
                     loss = losses.add(self._call(part), part)
                 if losses.is_sum and index == 0:
                     aside = self._set_aside()
@@ -242,7 +242,7 @@ class HybridModel(nn.Module):
                 self.pipeline.evaluate(parts, losses, seed)
         else:
             for index, part in enumerate(parts):
-                with _seeded(seed + index, self.training):
+                with seeded(seed + index, self.training):
                     losses.add(self._call(part), part)
         return torch.tensor(self._all(losses)[0], dtype=self._dtype)
 
@@ -252,7 +252,7 @@ class HybridModel(nn.Module):
 
 
 @contextmanager
-def _seeded(seed: int, draws: bool) -> Iterator[None]:
+def seeded(seed: int, draws: bool) -> Iterator[None]:
     """Within the block torch's default generator begins at `seed`, so that what is drawn there depends on the
     micro-batch alone; afterwards it goes on where it was."""
     if not draws:

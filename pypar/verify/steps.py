@@ -7,10 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from pypar.hybrid import Plan, gather_grads, gather_optimizer_state, gather_state, parallelize
+from pypar.hybrid import (
+    HybridModel,
+    HybridOptimizer,
+    Plan,
+    gather_grads,
+    gather_optimizer_state,
+    gather_state,
+    parallelize,
+)
 from pypar.pipeline_parallel.batch import Caller, Losses, LossFn
+from pypar.verify.holders import Holder, holders_of, replicas_that_differ
+from pypar.verify.outputs import Outputs
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,26 +41,34 @@ class Settings:
 @dataclass
 class Run:
     """losses, norms: per step (norms where gradients are clipped). gradients: per step, before clipping. weights and
-    states: after the last. All full, under the names of the plain model."""
+    states: after the last. All full, under the names of the plain model. outputs: of the first step's forward, of each
+    block the sum of absolute values. holders: of each parameter. apart: names of tensors that should be the same on
+    several ranks and are not, with these ranks."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     gradients: list[Tensors] = field(default_factory=list)
     weights: Tensors = field(default_factory=dict)
     states: dict[str, Tensors] = field(default_factory=dict)
+    outputs: dict[str, float] = field(default_factory=dict)
+    holders: dict[str, list[Holder]] = field(default_factory=dict)
+    apart: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def alone(model: nn.Module, batches: Sequence[Any], settings: Settings) -> Run:
+def alone(
+    model: nn.Module, batches: Sequence[Any], settings: Settings, say: Callable[[str], None] | None = None
+) -> Run:
     """In this process, with torch alone: each batch whole. batches: `accumulate` per step of the optimizer."""
     run = Run()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = settings.optimizer([p for _, p in named], **settings.options)
-    call = Caller(model)
-    for first in range(0, len(batches), settings.accumulate):
+    call, outputs = Caller(model), Outputs(model)
+    for step, first in enumerate(range(0, len(batches), settings.accumulate)):
         loss = 0.0
         for batch in batches[first : first + settings.accumulate]:
             losses = Losses.of(batch, settings.loss_fn)
-            share = losses.add(call(batch), batch)
+            with outputs.watching(first == 0 and not outputs.found):
+                share = losses.add(call(batch), batch)
             (share / losses.count if losses.is_sum else share).backward()
             loss = losses.mean
         run.losses.append(loss)
@@ -59,24 +78,49 @@ def alone(model: nn.Module, batches: Sequence[Any], settings: Settings) -> Run:
             run.norms.append(float(nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)))
         optimizer.step()
         optimizer.zero_grad()
+        if say is not None:
+            say(f"one process, step {step + 1}: loss {loss:.6f}")
     run.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
     run.states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in named if p in optimizer.state}
+    run.outputs = outputs.found
     return run
 
 
-def together(model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings) -> Run:
-    """On the ranks of this job, under the plan; whole on rank 0, elsewhere with losses and norms alone. Collective."""
+def together(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Any],
+    settings: Settings,
+    *,
+    tamper: Callable[[HybridModel, HybridOptimizer], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Run:
+    """On the ranks of this job, under the plan; whole on rank 0, elsewhere with losses and norms alone. Collective.
+
+    tamper(model, optimizer): called before the first step, for tests that plant a fault."""
     run = Run()
+    outputs = Outputs(model)
     hybrid, optimizer = parallelize(model, plan, settings.optimizer, **settings.options)
-    for first in range(0, len(batches), settings.accumulate):
+    outputs.of_stages(hybrid)
+    if tamper is not None:
+        tamper(hybrid, optimizer)
+    for step, first in enumerate(range(0, len(batches), settings.accumulate)):
         for batch in batches[first : first + settings.accumulate]:
-            loss = hybrid.train_step(hybrid.local_batch(batch), settings.loss_fn)
+            with outputs.watching(first == 0 and not outputs.found):
+                loss = hybrid.train_step(hybrid.local_batch(batch), settings.loss_fn)
+        if step == 0:
+            run.apart |= replicas_that_differ(hybrid, "gradient of")
         run.losses.append(float(loss))
         run.gradients.append(gather_grads(hybrid))
         if settings.clip is not None:
             run.norms.append(optimizer.clip_grad_norm_(settings.clip))
         optimizer.step()
         optimizer.zero_grad()
+        if say is not None and dist.get_rank() == 0:
+            say(f"{plan.world_size} ranks, step {step + 1}: loss {float(loss):.6f}")
+    run.apart |= replicas_that_differ(hybrid, "weight")
     run.weights = gather_state(hybrid)
     run.states = gather_optimizer_state(hybrid, optimizer)
+    run.outputs = outputs.joined(hybrid)
+    run.holders = holders_of(hybrid)
     return run

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pypar.verify.report import compare
 from pypar.verify.steps import Run
 
 VOCAB = 97
@@ -117,23 +118,8 @@ def make_batches(count: int, samples: int, vocab: int = VOCAB) -> list[dict[str,
 
 def differences(found: Run, wanted: Run, rtol: float = 1e-5, atol: float = 1e-6) -> list[str]:
     """What isn't the same, a line each."""
-    wrong = []
-    for step, (a, b) in enumerate(zip(found.losses, wanted.losses, strict=True)):
-        if abs(a - b) > atol + rtol * abs(b):
-            wrong.append(f"loss of step {step}: {a}, not {b}")
-    for step, (a, b) in enumerate(zip(found.norms, wanted.norms, strict=True)):
-        if abs(a - b) > atol + rtol * abs(b):
-            wrong.append(f"norm of step {step}: {a}, not {b}")
-    kinds = [
-        (f"gradient of step {n}", a, b) for n, (a, b) in enumerate(zip(found.gradients, wanted.gradients, strict=True))
-    ]
-    kinds += [("weight", found.weights, wanted.weights)]
-    for what, ours, theirs in kinds:
-        if ours.keys() != theirs.keys():
-            wrong.append(f"{what}: names {sorted(ours.keys() ^ theirs.keys())[:4]}")
-        for name in ours.keys() & theirs.keys():
-            a, b = ours[name], theirs[name]
-            if a.shape != b.shape or not torch.allclose(a, b, rtol=rtol, atol=atol):
-                worst = (a - b).abs().max().item() if a.shape == b.shape else list(a.shape)
-                wrong.append(f"{what} {name}: off by {worst} of {b.abs().max().item()}")
-    return wrong
+    report = compare("", found, wanted, rtol, atol)
+    numbers = [("loss", *each) for each in report.losses] + [("norm", *each) for each in report.norms]
+    wrong = [f"{what} of step {step}: {a}, not {b}" for what, step, a, b, ok in numbers if not ok]
+    wrong += [f"{r.what} of {r.name}, step {r.step}: off by {r.absolute:.2e} {r.note}" for r in report.rows if not r.ok]
+    return wrong + [f"{what} on ranks {ranks}" for what, ranks in report.apart.items()]

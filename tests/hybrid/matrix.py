@@ -24,6 +24,7 @@ from torch import nn
 
 from pypar.hybrid import Plan
 from pypar.testing import RankFailed, run_ranks
+from pypar.verify.seeded import seeded
 from pypar.verify.steps import Run, Settings, alone, together
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zbh1", "zbv", "dualpipev")
@@ -81,7 +82,7 @@ class Cell:
         vocab = 97 if self.uneven_vocab else 96
         return {
             "layers": layers, "tied": self.tied, "heads": heads, "vocab": vocab,
-            "dropout": 0.0, "frozen": self.frozen,
+            "dropout": 0.1 if self.dropout else 0.0, "frozen": self.frozen,
         }  # fmt: skip
 
     @property
@@ -160,14 +161,30 @@ def run_cells(rank: int, world: int, cells: list[Cell], dtype: torch.dtype) -> l
     found = []
     for cell in cells:
         model, batches = parts_of(cell, dtype)
+        torch.manual_seed(1)
         run = together(model, cell.plan, batches, cell.settings)
         found.append(run if rank == 0 else Run())
     return found
 
 
-def wanted(cell: Cell, dtype: torch.dtype) -> Run:
-    model, batches = parts_of(cell, dtype)
-    return alone(model, batches, cell.settings)
+def references(cells: Sequence[Cell], dtype: torch.dtype) -> list[Run]:
+    """Of one process; with dropout it draws what the plan does."""
+    dropping = [cell for cell in cells if cell.dropout]
+    drawn = iter(run_ranks(draw_cells, 1, dropping, dtype, limit_s=60 + 20 * len(cells))[0] if dropping else [])
+    found = []
+    for cell in cells:
+        model, batches = parts_of(cell, dtype)
+        found.append(next(drawn) if cell.dropout else alone(model, batches, cell.settings))
+    return found
+
+
+def draw_cells(rank: int, world: int, cells: list[Cell], dtype: torch.dtype) -> list[Run]:
+    found = []
+    for cell in cells:
+        model, batches = parts_of(cell, dtype)
+        torch.manual_seed(1)
+        found.append(seeded(model, cell.plan, batches, cell.settings))
+    return found
 
 
 def check(cells: Sequence[Cell]) -> list[str]:
@@ -191,8 +208,8 @@ def run(cells: Sequence[Cell], dtype: torch.dtype, rtol: float, atol: float) -> 
             texts = {text.strip().splitlines()[-1] for text in error.failures.values() if text.strip()}
             return ["failed: " + " | ".join(sorted(texts, key=lambda t: "PeerError" in t)[:2])]
         return [each for cell in cells for each in run([cell], dtype, rtol, atol)]
-    pairs_of = zip(cells, found, strict=True)
-    return ["; ".join(differences(theirs, wanted(cell, dtype), rtol, atol)[:3]) for cell, theirs in pairs_of]
+    both = zip(found, references(cells, dtype), strict=True)
+    return ["; ".join(differences(theirs, wanted, rtol, atol)[:3]) for theirs, wanted in both]
 
 
 def batches_of(cells: Iterable[Cell], size: int) -> list[list[Cell]]:

@@ -1,0 +1,169 @@
+"""`pypar verify`: a model under a plan, held against one process."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from pypar.trainer.errors import TrainError, reason
+from pypar.trainer.presets import PRESETS
+
+EXAMPLES = """\
+examples:
+  pypar verify --model llama-tiny --plan "pp=2 tp=2 schedule=zbv micro_batches=4"
+  pypar verify --model path/to/config.json --plan plan.json --clip 1.0 --accumulate 2
+  pypar verify --model my_file.py:make_model --plan "dp=2 zero=3" --float64
+
+my_file.py: make_model() returns the module, the same each time under torch's seed. Where the file has them,
+make_batch(batch_size, seq_len) gives the global batch (default: input_ids and labels, some of them padded) and
+loss_fn(output, batch) the loss (default: the causal language model's).
+Exit code: 0 all agree, 1 something differs (the table says what, where, on whose shard), 2 wrong input.
+"""
+OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise TrainError(f"{message} (see pypar verify --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = _Parser(
+        prog="pypar verify",
+        description="Starts the ranks of a plan on this host, runs a few steps, and compares loss, every gradient and "
+        "every updated weight with one process.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = top.add_argument
+    models = f"{', '.join(PRESETS)}, a Hugging Face config.json, the folder of a saved model, or FILE.py:FUNCTION"
+    add("--model", required=True, help=models)
+    add("--plan", required=True, help='"pp=2 dp=2 zero=3", or a file of JSON')
+    add("--batch-size", type=_positive, default=8, metavar="N", help="samples, over all ranks; default 8")
+    add("--seq-len", type=_positive, default=32, metavar="N", help="tokens of a sample; default 32")
+    add("--steps", type=_positive, default=3, metavar="N", help="of the optimizer; default 3")
+    add("--accumulate", type=_positive, default=1, metavar="N", help="batches per step; default 1")
+    add("--optimizer", default="AdamW", choices=OPTIMIZERS, metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}; default AdamW, with eps 1e-5")  # fmt: skip
+    add("--lr", type=float, default=1e-3, metavar="X", help="default 1e-3")
+    add("--clip", type=float, metavar="X", help="the largest norm of the gradients")
+    add("--freeze", action="append", default=[], metavar="TEXT", help="don't train parameters with this in their name")
+    add("--float64", action="store_true", help="all in float64, tolerance 1e-10: settles what float32 leaves in doubt")
+    add("--rtol", type=float, metavar="X", help="default 1e-5, with --float64 1e-10")
+    add("--atol", type=float, metavar="X", help="default 1e-6, with --float64 1e-10")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, batch and dropout; default 0")
+    add("--timeout", type=float, default=300.0, metavar="SECONDS", help="of every wait between ranks; default 300")
+    add("--all", action="store_true", help="list what agrees as well, where something does not")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    return top
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where something differs, 2 for wrong input. argv: without `verify`."""
+    try:
+        args = parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+        return run(args)
+    except TrainError as error:
+        print(f"pypar verify: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. Raises TrainError."""
+    from pypar import Plan, PlanError
+    from pypar.testing import RankFailed
+    from pypar.verify import verify
+
+    try:
+        path = Path(args.plan)
+        plan = Plan.from_json(path.read_text()) if path.suffix == ".json" else Plan.parse(args.plan)
+        plan.check()
+    except (OSError, PlanError) as error:
+        raise TrainError(f"--plan {args.plan}: {reason(error, with_type=False)}") from error
+    make, batches = _model(args)
+    try:
+        report = verify(
+            make,
+            plan,
+            batches,
+            optimizer=getattr(torch.optim, args.optimizer),
+            options={"lr": args.lr, **({"eps": 1e-5} if "Ada" in args.optimizer or "Adam" in args.optimizer else {})},
+            clip=args.clip,
+            accumulate=args.accumulate,
+            freeze=args.freeze,
+            dtype=torch.float64 if args.float64 else None,
+            rtol=args.rtol,
+            atol=args.atol,
+            seed=args.seed,
+            timeout_s=args.timeout,
+            say=None if args.json else lambda text: print(text, flush=True),
+        )
+    except PlanError as error:
+        raise TrainError(f"--plan {args.plan}: {error}") from error
+    except ValueError as error:
+        raise TrainError(f"--model {args.model}: {reason(error, with_type=False)}") from error
+    except RankFailed as error:
+        causes = {text.strip().splitlines()[-1] for text in error.failures.values()}
+        first = sorted(causes, key=lambda text: "PeerError" in text)[0]
+        raise TrainError(f"the ranks failed: {first}", 1) from error
+    print(report.to_json() if args.json else "\n" + report.table(args.all))
+    return 0 if report.ok else 1
+
+
+class Preset:
+    """Makes a model of Hugging Face from a configuration; can be sent to the ranks."""
+
+    def __init__(self, config: dict[str, Any], weights: str | None):
+        self.config, self.weights = config, weights
+
+    def __call__(self) -> Any:
+        from pypar.trainer.model import create
+
+        return create(self.config, self.weights)
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """(what makes it, batches)"""
+    from pypar import user_file
+
+    count = args.steps * args.accumulate
+    if user_file.is_own(args.model):
+        try:
+            module, _ = user_file.load(args.model)
+        except ValueError as error:
+            raise TrainError(f"--model {error}") from error
+        make_batch = getattr(module, "make_batch", None)
+        if make_batch is not None:
+            torch.manual_seed(args.seed)
+            return args.model, [make_batch(args.batch_size, args.seq_len) for _ in range(count)]
+        return args.model, _tokens(args, 64, count)
+    from pypar.trainer.model import describe, require_extra, weights_folder
+
+    require_extra()
+    is_preset = args.model in PRESETS
+    config = describe(args.model, 257 if is_preset else 1, 0, args.seq_len, None)
+    return Preset(config, weights_folder(args.model)), _tokens(args, config["vocab_size"], count)
+
+
+def _tokens(args: argparse.Namespace, vocab_size: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """Random sequences, of which every third has a padded end that does not count."""
+    generator = torch.Generator().manual_seed(args.seed)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(vocab_size, (args.batch_size, args.seq_len), generator=generator)
+        labels = ids.clone()
+        labels[::3, -max(1, args.seq_len // 4) :] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    return batches
