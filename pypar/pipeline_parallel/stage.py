@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,9 +21,9 @@ _BITS = 48
 OURS = 0x5050 << _BITS  # the upper bits of a forward's seed, by which a recomputation in backward finds it
 
 
-class Done(BaseException):
-    """The stage's last module has run: the rest of the model's forward is another stage's. Not an Exception, so that no
-    model catches it."""
+class Done(Exception):
+    """The stage's last module has run: the rest of the model's forward is another stage's. An Exception, since torch
+    calls a module's hooks behind those alone."""
 
 
 @dataclass
@@ -34,6 +34,11 @@ class Pass:
     payload: Payload  # from the stage before
     like: Any  # what a module of an earlier stage returned, as ghosts; None at stage 0
     made: Payload = field(default_factory=dict)  # for the next stage
+    is_done: bool = False
+
+    def end(self) -> NoReturn:
+        self.is_done = True
+        raise Done
 
 
 class Stages:
@@ -87,6 +92,9 @@ class Stages:
             if is_last:
                 raise RuntimeError("internal: the last stage met a later one") from None
             result = None
+        else:
+            if now.is_done:
+                raise RuntimeError(f"stage {stage}: the model's forward caught the exception that ends it here")
         finally:
             self.now = None
             torch.default_generator.set_state(state)
@@ -110,7 +118,7 @@ class Stages:
                     )
                 return self._own(part, original, now, args, kwargs)
             if part.stage > now.stage:
-                raise Done
+                now.end()
             if part.name in now.payload:
                 return now.payload[part.name]
             if part.is_block:
@@ -127,7 +135,7 @@ class Stages:
         def forward(*args: Any, **kwargs: Any) -> Any:
             now = self.now
             if now is not None and now.stage < min(stages):
-                raise Done
+                now.end()
             if now is not None and now.stage > max(stages):
                 return now.payload.get(name, now.like)
             out = _with_seed(block, name, original, args, kwargs)
