@@ -4,7 +4,7 @@ from pypar.hybrid.model import HybridModel
 from pypar.hybrid.optimizer import HybridOptimizer
 from pypar.hybrid.parallelize import parallelize
 from pypar.hybrid.plan import Plan, PlanError
-from pypar.hybrid.state import gather_grads, gather_optimizer_state, gather_state
+from pypar.hybrid.state import gather_grads, gather_optimizer_state, gather_state, load_optimizer_state
 
 __all__ = [
     "HybridModel",
@@ -14,5 +14,6 @@ __all__ = [
     "gather_grads",
     "gather_optimizer_state",
     "gather_state",
+    "load_optimizer_state",
     "parallelize",
 ]

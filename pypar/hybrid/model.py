@@ -44,8 +44,12 @@ class HybridModel(nn.Module):
         pipeline: Pipeline | None,
         data: DataParallel | Zero | None,
         norm: Norm,
+        trained: dict[str, tuple[int, ...]],
+        aliases: dict[str, str],
     ):
+        """Of the full model, trained: shapes of the trained parameters; aliases: second names of tied ones."""
         super().__init__()
+        self.trained, self.aliases = trained, aliases
         self.module, self.plan, self.axes = module, plan, axes
         # Not registered: the inner module's parameters keep their names, and are there once.
         self.__dict__["pipeline"], self.__dict__["_data"] = pipeline, data

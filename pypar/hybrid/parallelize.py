@@ -21,6 +21,7 @@ from pypar.hybrid.plan import Plan, PlanError
 from pypar.hybrid.recompute import recompute_blocks
 from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.generators import make_schedule
+from pypar.pipeline_parallel.state import aliases_of
 from pypar.placement import cut
 from pypar.tensor_parallel import tensor_parallel
 from pypar.zero import Zero
@@ -72,6 +73,8 @@ def parallelize(
         assert dist.group.WORLD is not None
         dist._broadcast_coalesced(dist.group.WORLD, tensors, BROADCAST_BYTES, 0)
     starts = _starts(model, plan)
+    aliases = aliases_of(model)
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if axes.tp_group is not None:
         tensor_parallel(
             model, axes.tp_group, plan.tp_plan,
@@ -83,7 +86,7 @@ def parallelize(
     norm = Norm(model, axes, pipeline.copies() if pipeline is not None else set())
     optimizer = _optimizer(model, optimizer_class, param_groups, settings)
     data = _data(model, plan, axes, optimizer)
-    hybrid = HybridModel(model, plan, axes, pipeline, data, norm)
+    hybrid = HybridModel(model, plan, axes, pipeline, data, norm, trained, aliases)
     if isinstance(data, Zero):
         data.optimizer.agree_in = [g for g in (axes.tp_group, axes.pp_group) if g is not None]
         return hybrid, HybridOptimizer(hybrid, data.optimizer)

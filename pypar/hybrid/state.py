@@ -44,8 +44,38 @@ def gather_optimizer_state(model: HybridModel, optimizer: torch.optim.Optimizer)
     found: dict[str, Tensors] = {}
     for full, value in _collect(model, {k: v for k, v in keys.items() if isinstance(v, torch.Tensor)}).items():
         key, _, name = full.partition(".")
-        found.setdefault(name, {})[key] = value
+        found.setdefault(model.aliases.get(name, name), {}).setdefault(key, value)
     return found
+
+
+@torch.no_grad()
+def load_optimizer_state(model: HybridModel, optimizer: torch.optim.Optimizer, full: dict[str, Tensors]) -> None:
+    """Takes this rank's part of {name: {key: full tensor, or one without dims}}, as gather_optimizer_state gives it,
+    from any plan; every rank has all of it. Copies.
+
+    Raises ValueError for a name that is no trained parameter of the full model, and for another shape."""
+    shards, named = shards_by_name(model.module), dict(model.module.named_parameters())
+    aliases, known = model.aliases, model.trained
+    unknown = next((name for name in full if name not in known), None)
+    if unknown is not None:
+        raise ValueError(f"optimizer state for {unknown}, which is no trained parameter of the model")
+    mine: dict[str, Tensors] = {}
+    for name in named:
+        state = full.get(aliases.get(name, name))
+        if not state:
+            continue
+        shard, shape = shards.get(name), known[aliases.get(name, name)]
+        for key, tensor in state.items():
+            if tensor.dim() and tuple(tensor.shape) != shape:
+                raise ValueError(f"{key} of {name} is {tuple(tensor.shape)}, the full parameter is {shape}")
+            is_cut = shard is not None and tensor.dim() > 0
+            mine.setdefault(name, {})[key] = shard.take(tensor).contiguous() if is_cut else tensor  # type: ignore[union-attr]
+    if model.zero is not None:
+        model.zero.optimizer.load_full_state(mine)
+        return
+    states = getattr(optimizer, "inner", optimizer).state
+    for name, state in mine.items():
+        states[named[name]] = {key: tensor.to(named[name].device, copy=True) for key, tensor in state.items()}
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class Ghost(torch.Tensor):
         return pytree.tree_map(lambda x: Ghost(x, device) if isinstance(x, torch.Tensor) else x, out)
 
 
-def ghost_of(x: torch.Tensor) -> Ghost:
-    return Ghost(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), x.device)
+def ghost_of(x: torch.Tensor, device: torch.device | None = None) -> Ghost:
+    return Ghost(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"), device or x.device)
 
 
 def is_ghost(x: Any) -> bool:

@@ -123,7 +123,14 @@ class Stages:
                 return now.payload[part.name]
             if part.is_block:
                 return now.like
-            return next(leaf for leaf in pytree.tree_leaves(now.like) if is_ghost(leaf))
+            like = next(leaf for leaf in pytree.tree_leaves(now.like) if is_ghost(leaf))
+            given = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), None)
+            if given is None:
+                return like
+            # Of an embedding, or of what keeps its input's shape; a block's output may have another, as with
+            # sequence parallel.
+            rows = given.shape[:-1] if given.is_floating_point() else given.shape
+            return ghost_of(torch.empty(*rows, like.shape[-1], dtype=like.dtype, device="meta"), like.device)
 
         return forward
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from pypar.hybrid.plan import Plan, PlanError
 from pypar.pipeline_parallel.generators import NAMES
 from pypar.trainer.config import TrainConfig
-from pypar.trainer.errors import TrainError
+from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.presets import PRESETS
 
 EXAMPLES = """\
@@ -19,6 +22,8 @@ examples:
   pypar train --dp 2 --tp 2                           four ranks: two halves of the model, twice
   pypar train --dp 2 --zero 3                         each rank keeps half of AdamW's moments, gradients and weights
   pypar train --pp 2 --schedule zbv                   each rank has some of the layers
+  pypar train --pp 2 --dp 2 --tp 2 --zero 1           eight ranks: all of it
+  pypar train --plan "pp=2 dp=2 zero=3 schedule=zbv"  the same in one option, or in a file of JSON
   pypar train --resume                                go on with the newest run
   pypar train --model path/to/saved/model --data corpus/ --lr 1e-4
   torchrun --nproc-per-node 4 -m pypar train --tp 2   the ranks of torchrun: dp 2 x tp 2
@@ -86,9 +91,22 @@ def parser() -> argparse.ArgumentParser:
         "the --dp ranks share out the optimizer's states (1), the gradients too (2), the parameters too (3)",
         "STAGE",
     )
-    _add(group, "pp", int, "ranks of a pipeline, each with some of the model's layers; by itself for now")
+    _add(group, "pp", int, "ranks of a pipeline, each with some of the model's layers")
     _add(group, "schedule", str, f"with --pp: {', '.join(NAMES)}", "NAME")
-    _add(group, "micro_batches", int, "with --pp: parts of a batch that go through the pipeline one behind the other")
+    text = "with --pp: parts of a batch that go through the pipeline one behind the other; times --accumulate"
+    _add(group, "micro_batches", int, text)
+    _add(
+        group,
+        "split",
+        str,
+        "with --pp: auto, or balanced: a stage may end inside of a block",
+        choices=("auto", "balanced"),
+    )
+    _add(group, "replicate", int, "with --zero: so many of the --dp ranks hold the same shards (hybrid sharding)")
+    group.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                       help="compute the blocks' activations again in backward, to save memory")  # fmt: skip
+    group.add_argument("--plan", metavar="PLAN",
+                       help='all of these at once: a file of JSON, or "pp=2 dp=2 zero=3" (docs/hybrid.md)')  # fmt: skip
     group.add_argument(
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
@@ -129,9 +147,37 @@ def _add(
     group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=shown, choices=choices, help=text)
 
 
+_FIELDS = (
+    "pp", "dp", "tp", "zero", "replicate", "schedule", "micro_batches", "split", "sequence_parallel", "recompute",
+)  # fmt: skip
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The settings that a plan stands for. Raises TrainError."""
+    try:
+        path = Path(text)
+        plan = Plan.from_json(path.read_text()) if path.suffix == ".json" else Plan.parse(text)
+        plan.check()
+    except (OSError, PlanError) as error:
+        raise TrainError(f"--plan {text}: {reason(error, with_type=False)}") from error
+    if plan.precision is not None:
+        raise TrainError(f"--plan {text}: precision={plan.precision} is not for pypar train: use --dtype bfloat16")
+    if not isinstance(plan.split, str):
+        raise TrainError(f"--plan {text}: split is auto or balanced here")
+    found = {name: getattr(plan, name) for name in _FIELDS}
+    if plan.pp == 1:
+        found |= {"accumulate": found.pop("micro_batches")}
+    rest = dataclasses.replace(
+        Plan(), **{n: getattr(plan, n) for n in ("num_stages", "carry", "tp_plan", "reduce", "order")}
+    )
+    return found | {"more_plan": str(rest)}
+
+
 def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str | None, bool]:
     """Returns (settings that were given, --resume or None, --debug). Raises TrainError; SystemExit(0) for --help."""
     given = vars(parser().parse_args(list(argv)))
     if "data" in given:
         given["data"] = tuple(given["data"])
+    if "plan" in given:
+        given = _fields(given.pop("plan")) | given
     return given, given.pop("resume", None), given.pop("debug", False)

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from pypar.hybrid.plan import Plan, PlanError
 from pypar.trainer.errors import TrainError
 
 MAX_RANKS_PER_CORE = 8
@@ -19,8 +20,9 @@ class TrainConfig:
 
     batch_size: sequences per optimizer step, over all ranks and accumulation steps. seq_len: tokens per sequence.
     dp: copies of the model, which share the batch. tp: ranks that share one copy. zero: the stage of ZeRO over
-    the dp ranks, 0 for none. pp: ranks of a pipeline, which runs a batch in micro_batches. Paths are absolute once
-    `prepare` has seen them; None stands for "decide for me".
+    the dp ranks, 0 for none. pp: ranks of a pipeline, which runs a batch in micro_batches times accumulate. more_plan:
+    text of a Plan with what has no option of its own. Paths are absolute once `prepare` has seen them; None stands for
+    "decide for me".
     """
 
     model: str = "llama-tiny"
@@ -47,9 +49,13 @@ class TrainConfig:
     tp: int = 1
     zero: int = 0
     pp: int = 1
+    replicate: int = 1
     schedule: str = "1f1b"
     micro_batches: int = 4
+    split: str = "auto"
     sequence_parallel: bool = True
+    recompute: bool = False
+    more_plan: str = ""
     backend: str | None = None
     device: str = "auto"
     threads: int | None = None
@@ -78,6 +84,16 @@ class TrainConfig:
     def world_size(self) -> int:
         return self.dp * self.tp * self.pp
 
+    def plan(self, loss_parallel: bool = False) -> Plan:
+        """How the ranks share the work. loss_parallel: the model's head is cut, and the loss takes that."""
+        return dataclasses.replace(
+            Plan.parse(self.more_plan), pp=self.pp, dp=self.dp, tp=self.tp, zero=self.zero, replicate=self.replicate,
+            schedule=self.schedule if self.pp > 1 else "1f1b", split=self.split if self.pp > 1 else "auto",
+            micro_batches=self.accumulate * (self.micro_batches if self.pp > 1 else 1),
+            sequence_parallel=self.sequence_parallel and self.tp > 1, loss_parallel=loss_parallel,
+            recompute=self.recompute,
+        )  # fmt: skip
+
     def micro_batch(self) -> int:
         """Sequences that the busiest rank runs at once."""
         return math.ceil(math.ceil(self.batch_size / self.dp) / self.accumulate)
@@ -100,21 +116,18 @@ def flag(name: str) -> str:
 def check(config: TrainConfig, max_ranks: int | None = None) -> None:
     """Raises TrainError for a value that can't work. max_ranks: default 8 per core."""
     for name in (
-        "seq_len", "batch_size", "accumulate", "steps", "dp", "tp", "pp", "micro_batches", "keep", "log_every",
+        "seq_len", "batch_size", "accumulate", "steps", "dp", "tp", "pp", "replicate", "micro_batches", "keep",
+        "log_every",
     ):  # fmt: skip
         _at_least(config, name, 1)
     for name in ("warmup", "eval_every", "eval_batches", "save_every", "sample_tokens", "seed"):
         _at_least(config, name, 0)
     if config.zero not in (0, 1, 2, 3):
         raise TrainError(f"--zero must be 1, 2 or 3, or 0 for none, got {config.zero}")
-    if config.pp > 1:
-        beside = [f"--{n} {v}" for n, v, none in (("dp", config.dp, 1), ("tp", config.tp, 1), ("zero", config.zero, 0),
-                                                 ("accumulate", config.accumulate, 1)) if v != none]  # fmt: skip
-        if beside:
-            raise TrainError(
-                f"--pp {config.pp} does not work with {beside[0]} yet: leave one of them out"
-                + ("; --micro-batches splits a batch" if "accumulate" in beside[0] else "")
-            )
+    try:
+        config.plan().check()
+    except PlanError as error:
+        raise TrainError(as_options(error, config.plan())) from error
     if config.threads is not None:
         _at_least(config, "threads", 1)
     for name in ("lr", "eps", "temperature"):
@@ -141,6 +154,15 @@ def check(config: TrainConfig, max_ranks: int | None = None) -> None:
             f"--batch-size {config.batch_size} gives some of --dp {config.dp} ranks x --accumulate {config.accumulate} "
             f"no sequence: use --batch-size {config.dp * config.accumulate} or more, or fewer ranks"
         )
+
+
+def as_options(error: PlanError, plan: Plan) -> str:
+    """What is wrong with a plan, in the words of the command line."""
+    words = (word.partition("=") for word in error.cell.split())
+    cell = " ".join(f"{flag(name)} {value}" if value else "--tp" if name == "tp" else name for name, _, value in words)
+    changes = [] if error.nearest is None else plan.diff(error.nearest).splitlines()
+    advice = " ".join(f"{flag(line.partition(':')[0])} {line.rpartition(' -> ')[2]}" for line in changes)
+    return f"{cell or error.cell}: {error.why}" + (f": use {advice}" if advice else "")
 
 
 def _at_least(config: TrainConfig, name: str, low: int) -> None:

@@ -5,26 +5,25 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import pypar
+from pypar.hybrid import HybridModel, HybridOptimizer
 from pypar.trainer import cache, checkpoint, data, model, rng
-from pypar.trainer.clip import Clip
+from pypar.trainer.config import as_options
 from pypar.trainer.errors import TrainError
-from pypar.trainer.layout import Layout
 from pypar.trainer.loss import TokenLoss
 from pypar.trainer.metrics import Metrics, read
-from pypar.trainer.optimizer import learning_rate, make_optimizer
-from pypar.trainer.pipeline import PipelineRun
+from pypar.trainer.optimizer import groups_of, learning_rate, settings_of
 from pypar.trainer.prepare import Job
 from pypar.trainer.progress import Progress
 from pypar.trainer.ranks import Ranks
-from pypar.trainer.state import Full, load_model, load_optimizer, save_model, save_optimizer, unsharded
+from pypar.trainer.state import Full, load_model, load_optimizer, save_model, save_optimizer
 
 
 class Trainer:
@@ -39,24 +38,31 @@ class Trainer:
             self.cache, self.config.seq_len, self.config.val_fraction, self.config.seed
         )
         self.order = data.Order(self.train_data.num_sequences, self.config.seed)
-        self.layout = Layout.make(ranks, self.config.tp, self.config.pp)
         self.step = 0
         self.position = 0
         self.module = ranks.agree(self._make_module)
         self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
-        self.pipeline = PipelineRun(self.module, self.config) if self.layout.pp > 1 else None
-        model.cut(self.module, self.layout, self.config.sequence_parallel)
+        self.model, self.optimizer = self._parallelize()
+        self.layout = self.model.axes
         self.token_loss = TokenLoss(self.module, self.layout.tp_group)
-        self.clip = Clip(self.module, self.layout)
-        self.optimizer: torch.optim.Optimizer = make_optimizer(self.module, self.config)
-        # Every dp rank has its own dropout; the ranks of a tp group, which share activations, have the same.
-        rng.seed_everything(self.config.seed, self.layout.dp_rank, self.layout.dp)
+        # The ranks draw the same numbers: dropout is seeded by micro-batch, of which each dp rank has its own.
+        rng.seed_everything(self.config.seed)
         if job.resume:
             ranks.agree(lambda: self._resume(Path(job.resume or "")))
-        self.parallel = model.wrap(self.module, self.layout, self.config.zero, self.optimizer)
-        self.zero = self.parallel if isinstance(self.parallel, pypar.Zero) else None
-        if self.zero is not None:
-            self.optimizer = self.zero.optimizer
+
+    def _parallelize(self) -> tuple[HybridModel, HybridOptimizer]:
+        config = self.config
+        plan = config.plan(model.cuts_loss(self.job.model, config.tp))
+        try:
+            return pypar.parallelize(
+                self.module,
+                plan,
+                torch.optim.AdamW,
+                param_groups=lambda named: groups_of(named, config),
+                **settings_of(config),
+            )
+        except pypar.PlanError as error:
+            raise TrainError(as_options(error, plan)) from error
 
     def _make_module(self) -> torch.nn.Module:
         """The full module, the same on every rank, on this rank's device."""
@@ -102,7 +108,7 @@ class Trainer:
             group["lr"] = lr
         own = data.share(self.order.take(self.position, config.batch_size), layout.dp_rank, layout.dp)
         loss = self._backward(own)
-        norm = self._clip()
+        norm = self.optimizer.clip_grad_norm_(config.clip or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
             raise TrainError(
@@ -116,36 +122,12 @@ class Trainer:
 
     def _backward(self, own: Sequence[int]) -> float:
         """Gradients of this rank's sequences; the mean loss over the global batch."""
-        config, layout = self.config, self.layout
-        if self.pipeline is not None:
-            with self._autocast():
-                return self.pipeline.train_step(*data.batch(self.train_data, own, self.ranks.device))
-        # DataParallel averages over dp ranks; times dp makes that a sum of this rank's share of the mean.
-        scale = layout.dp / (config.batch_size * config.seq_len)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for part in range(config.accumulate):
-            last = part == config.accumulate - 1
-            with nullcontext() if last or layout.dp == 1 else self.parallel.no_sync():  # type: ignore[operator]
-                part_sum = self._loss_sum(self.parallel, self.train_data, data.share(own, part, config.accumulate))
-                (part_sum * scale).backward()
-            loss_sum += part_sum.detach()
-        return self._total(loss_sum) / (config.batch_size * config.seq_len)
-
-    def _clip(self) -> float:
-        """The norm of the gradient before clipping."""
-        most = self.config.clip or math.inf
-        return self.clip(self.zero, most) if self.pipeline is None else self.pipeline.pipeline.clip_grad_norm_(most)
-
-    def _total(self, own: torch.Tensor) -> float:
-        """The sum over the dp ranks' data, the same bits on every rank of the job."""
-        return self.ranks.total(own if self.layout.counts() else torch.zeros_like(own))[0]
-
-    def _loss_sum(self, module: torch.nn.Module, stream: data.Stream, indices: Sequence[int]) -> torch.Tensor:
-        """float32 [], summed over the tokens of these sequences"""
-        inputs, targets = data.batch(stream, indices, self.ranks.device)
+        inputs, targets = data.batch(self.train_data, own, self.ranks.device)
         with self._autocast():
-            logits = module(input_ids=inputs).logits  # [sequences, seq_len, vocab, or this rank's part of it]
-        return self.token_loss(logits, targets)
+            return float(self.model.train_step(({"input_ids": inputs}, targets), self._mean))
+
+    def _mean(self, output: Any, targets: torch.Tensor) -> torch.Tensor:
+        return self.token_loss(output.logits, targets) / targets.numel()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.dtype == "float32":
@@ -160,32 +142,33 @@ class Trainer:
         if config.eval_batches:
             number = min(number, config.eval_batches * config.batch_size)
         chosen = data.permutation(self.val_data.num_sequences, config.seed, 0)[:number]
-        own = data.share(list(chosen), layout.dp_rank, layout.dp)
-        size = config.micro_batch()
-        passes = math.ceil(math.ceil(number / layout.dp) / size)  # of the busiest rank
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        size = config.micro_batch() * layout.dp
+        loss_sum = 0.0
         with progress.pause():
             self.module.eval()
-            for part in range(passes):
-                mine = own[part * size : (part + 1) * size]
-                if mine and self.pipeline is not None:
-                    with self._autocast():
-                        loss_sum += self.pipeline.eval_sum(*data.batch(self.val_data, mine, self.ranks.device))
-                elif mine:
-                    loss_sum += self._loss_sum(self.module, self.val_data, mine)
-                elif config.zero == 3:  # a forward pass may gather parameters from every rank: for company
-                    self._loss_sum(self.module, self.val_data, list(chosen[:1]))
+            for first in range(0, number, size):
+                part = list(chosen[first : first + size])
+                mine = data.share(part, layout.dp_rank, layout.dp)
+                # A rank that has nothing takes part with what does not count.
+                weight = 1.0 if mine else 0.0
+                inputs, targets = data.batch(self.val_data, mine or part[:1], self.ranks.device)
+                with self._autocast():
+                    mean = self.model.eval_step(
+                        ({"input_ids": inputs}, targets),
+                        lambda output, targets, w=weight: (  # type: ignore[misc]
+                            w * self.token_loss(output.logits, targets), w * targets.numel()
+                        ),
+                    )  # fmt: skip
+                loss_sum += float(mean) * len(part) * config.seq_len
             self.module.train()
-            total = float(loss_sum) if self.pipeline is not None else self._total(loss_sum)
-            loss = total / (number * config.seq_len)
+            loss = loss_sum / (number * config.seq_len)
         if metrics:
             metrics.add("val", self.step, loss=loss)
         progress.say(f"step {self.step}/{config.steps}  validation loss {loss:.4f}")
 
     def save(self) -> None:
         """The checkpoint of this step, written by rank 0. Collective; when it fails, every rank raises TrainError."""
-        # The ranks of a tp group are in the same state: one of each dp rank.
-        states = self.ranks.gather(rng.capture(self.ranks.device))[:: self.layout.tp * self.layout.pp]
+        states = [rng.capture(self.ranks.device)]  # the same on every rank
 
         def fill(folder: Path, full: Full) -> None:
             save_model(full, self.job.model, folder)
@@ -213,38 +196,15 @@ class Trainer:
             assert full is not None
             return str(checkpoint.write(self.run, self.step, lambda folder: fill(folder, full), self.config.keep))
 
-        with self._full() as full:
-            self.ranks.first(lambda: write(full))
-
-    @contextmanager
-    def _full(self) -> Iterator[Full | None]:
-        """Within the block, on the ranks of the first copy of the model. Collective."""
-        is_first, is_cut = self.layout.dp_rank == 0, self.layout.tp > 1
-        if self.pipeline is not None:
-            yield self.pipeline.full(self.optimizer)
-            return
-        if self.zero is None:
-            yield Full.of(self.module, self.optimizer, is_cut) if is_first else None
-            return
-        states = self.zero.optimizer.full_state(dst=0)
-        with self.zero.full_params():
-            yield Full.of(self.module, unsharded(self.module, states), is_cut) if is_first else None
+        full = Full.of(self.model, self.optimizer)
+        self.ranks.first(lambda: write(full))
 
     def _resume(self, path: Path) -> None:
         """All but the weights, which _make_module has loaded."""
         state = checkpoint.read_state(path)
-        # ZeRO's wrapper copies its shards: until then the states may lie in the file.
-        borrow = self.config.zero > 0 and self.layout.tp == 1
-        load_optimizer(
-            self.optimizer, self.module, path, borrow, None if self.pipeline is None else self.pipeline.part_of
-        )
+        load_optimizer(self.model, self.optimizer, path)
         self.step, self.position = state["step"], state["position"]
-        layout = self.layout
-        if len(state["rng"]) == layout.dp:
-            rng.restore(state["rng"][layout.dp_rank], self.ranks.device)
-        else:
-            # No state to go on with: new ones, that a second resume from here would draw again.
-            rng.seed_everything(self.config.seed, layout.dp_rank, layout.dp, self.step)
+        rng.restore(state["rng"][0], self.ranks.device)
 
     def history(self) -> list[dict[str, Any]]:
         """The curve up to the resumed step, from the run that the checkpoint lies in."""

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from pypar.trainer.errors import TrainError, reason
-from pypar.trainer.layout import Layout
 from pypar.trainer.presets import PRESETS
 
 EXTRA = ("transformers", "tokenizers", "safetensors", "tensorboard", "matplotlib", "tqdm")
@@ -143,41 +142,19 @@ def check_tensor_parallel(name: str, config: dict[str, Any], tp: int, sequence_p
         raise TrainError(f"--tp {tp} does not fit --model {name}: {why}") from error
 
 
-def cut(module: nn.Module, layout: Layout, sequence_parallel: bool) -> nn.Module:
-    """Tensor parallel: this rank keeps its part of the full module. Logits stay cut where the plan cuts the head."""
-    if layout.tp_group is None:
-        return module
-    import pypar
+def cuts_loss(config: dict[str, Any], tp: int) -> bool:
+    """Whether tensor parallel can leave the logits cut for the loss."""
+    if tp == 1:
+        return False
     from pypar.tensor_parallel import check_plan
 
+    with torch.device("meta"):
+        module = create(config, None)
     try:
-        check_plan(module, layout.tp, loss_parallel=True)
-        loss_parallel = True
+        check_plan(module, tp, loss_parallel=True)
     except ValueError:
-        loss_parallel = False
-    return pypar.tensor_parallel(
-        module, layout.tp_group, sequence_parallel=sequence_parallel, loss_parallel=loss_parallel
-    )
-
-
-def wrap(module: nn.Module, layout: Layout, zero: int, optimizer: torch.optim.Optimizer) -> nn.Module:
-    """Data parallel: gradients are averaged over the dp group in backward. One rank needs no wrapper.
-
-    zero: 1, 2, 3: pypar.Zero, which has an optimizer of its own that takes the given one's settings and state over.
-    """
-    if layout.dp_group is None:
-        return module
-    from pypar import DataParallel, Zero, symmetric
-
-    if zero == 3 and layout.tp > 1 and not symmetric.shares_memory(layout.dp_group):
-        raise TrainError(
-            "--zero 3 with --tp works where the --dp ranks share memory, and these are on several hosts or of another "
-            "--backend: use --zero 2"
-        )
-    if zero:
-        return Zero(module, layout.dp_group, stage=zero, optimizer=optimizer)
-
-    return DataParallel(module, layout.dp_group)
+        return False
+    return True
 
 
 def _read_config(transformers: Any, model: str) -> Any:

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
 from torch import nn
 
 from pypar.trainer.config import TrainConfig
 
 
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices and embeddings; not on norms and biases, which have one dimension."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def groups_of(named: list[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
+    """Weight decay on matrices and embeddings; not on norms and biases, which have one dimension. Two groups, on every
+    rank."""
+    return [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # fused: one pass over each parameter instead of a dozen.
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Of AdamW. fused: one pass over each parameter instead of a dozen."""
+    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -92,21 +92,20 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
 
 def _dp_of(config: TrainConfig, dp: int | None, world_size: int) -> int:
     """The data-parallel ranks among the world_size ranks of torchrun. dp: what the command line says, if anything."""
-    if config.pp > 1:
-        if config.pp != world_size:
-            raise TrainError(f"--pp {config.pp}, but torchrun started {world_size} ranks: use --pp {world_size}")
-        return 1
-    if config.tp < 1 or world_size % config.tp:
+    others = config.tp * config.pp
+    said = " x ".join(f"--{n} {v}" for n, v in (("tp", config.tp), ("pp", config.pp)) if v != 1) or "--tp 1"
+    if others < 1 or world_size % others:
         fit = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        option = "--tp" if config.pp == 1 else "--tp x --pp"
         raise TrainError(
-            f"--tp {config.tp} does not divide the {world_size} "
-            f"{'rank' if world_size == 1 else 'ranks'} of torchrun: "
-            f"use --tp {', '.join(fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}, or start another number of ranks"
+            f"{said} does not divide the {world_size} {'rank' if world_size == 1 else 'ranks'} of torchrun: "
+            f"use {option} {', '.join(fit[:-1])}{' or ' if fit[:-1] else ''}{fit[-1]}, "
+            "or start another number of ranks"
         )
-    if dp is not None and dp * config.tp != world_size:
-        shown = f" x --tp {config.tp}" if config.tp > 1 else ""
+    if dp is not None and dp * others != world_size:
+        shown = f" x {said}" if others > 1 else ""
         raise TrainError(f"--dp {dp}{shown}, but torchrun started {world_size} ranks: leave --dp out")
-    return world_size // config.tp
+    return world_size // others
 
 
 def lock(run: Path) -> IO[str]:

@@ -49,9 +49,7 @@ def train(job: Job, ranks: Ranks) -> None:
             trainer.fit(metrics, progress)
         finally:
             progress.close()
-        # The ranks that share the first copy of the model; all, where a forward pass may gather parameters from them.
-        draws = trainer.layout.dp_rank == 0 or config.zero == 3
-        text = _sample(trainer) if config.sample_tokens and draws else None
+        text = _sample(trainer) if config.sample_tokens else None
         if metrics:
             with writing(run):
                 metrics.close()
@@ -60,10 +58,13 @@ def train(job: Job, ranks: Ranks) -> None:
 
 
 def _headline(trainer: Trainer) -> str:
-    config, world_size, layout = trainer.config, trainer.ranks.world_size, trainer.layout
-    how = [str(layout)]
-    how += [f"ZeRO {config.zero}"] if trainer.zero is not None else []
-    how += ["sequence parallel"] if layout.tp > 1 and config.sequence_parallel else []
+    config, world_size = trainer.config, trainer.ranks.world_size
+    pipeline = f"pp {config.pp} ({config.schedule})"
+    how = [pipeline] if config.pp > 1 else []
+    how += [f"dp {config.dp} x tp {config.tp}"] if config.pp == 1 or config.dp * config.tp > 1 else []
+    how += [f"ZeRO {config.zero}"] if config.zero else []
+    how += ["sequence parallel"] if config.tp > 1 and config.sequence_parallel else []
+    how += ["recomputing"] if config.recompute else []
     ranks = "1 rank" if world_size == 1 else f"{world_size} ranks ({', '.join(how)})"
     skipped = trainer.cache.meta["skipped"]
     counts = "".join(f", {number} {why} files skipped" for why, number in sorted(skipped.items()))
@@ -99,11 +100,9 @@ def _sample(trainer: Trainer) -> str:
         prompt = [int(number) for number in trainer.val_data.sequence(0)[: min(64, config.seq_len)]]
     else:
         prompt = list(tokens.encode(config.prompt))
-    if trainer.pipeline is not None:
-        out = trainer.pipeline.generate(prompt, config.sample_tokens, tokens.end, config.temperature)
-        return tokens.decode([*prompt, *out])
+    is_pipeline = config.pp > 1
     out = generate(
-        trainer.module,
+        trainer.model if is_pipeline else trainer.module,
         prompt,
         config.sample_tokens,
         tokens.end,
@@ -111,7 +110,8 @@ def _sample(trainer: Trainer) -> str:
         config.temperature,
         trainer.ranks.device,
         config.seed,
-        dist.group.WORLD if config.zero == 3 else trainer.layout.tp_group,
+        dist.group.WORLD,
         trainer.token_loss.full,
+        caches=not is_pipeline,
     )
     return tokens.decode([*prompt, *out])

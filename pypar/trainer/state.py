@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,49 +11,45 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pypar.tensor_parallel import gather_full_optimizer_state, gather_full_state, load_full_optimizer_state
+from pypar.hybrid import HybridModel, gather_optimizer_state, gather_state, load_optimizer_state
 from pypar.trainer.errors import TrainError, reason
 
 METADATA = {"format": "pt"}
 
 
 class Full:
-    """The full tensors of model and optimizer, whatever part of the module this rank holds.
+    """The full tensors of model and optimizer.
 
     weights: by name, tied ones once. moments: `<state>.<parameter name>`, e.g. `exp_avg.lm_head.weight`.
     """
 
     @classmethod
-    def of(cls, module: nn.Module, optimizer: Any, is_cut: bool) -> Full:
-        """is_cut: by tensor parallel; then a collective call of its group. Else the tensors are the module's own.
-        optimizer: whose `state` has the moments by parameter."""
-        if is_cut:
-            states = gather_full_optimizer_state(module, optimizer)
-        else:
-            states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
-        return cls(type(module).__name__, gather_full_state(module) if is_cut else module.state_dict(), states)
+    def of(cls, model: HybridModel, optimizer: torch.optim.Optimizer) -> Full | None:
+        """On rank 0. Collective."""
+        weights, states = gather_state(model), gather_optimizer_state(model, optimizer)
+        if not weights:
+            return None
+        filled = next((state for state in states.values() if state), {})
+        for name, shape in model.trained.items():  # one without elements, which no rank of ZeRO has a piece of
+            if name not in states and 0 in shape and filled:
+                empty = {k: v if k == "step" else torch.zeros(shape, dtype=v.dtype) for k, v in filled.items()}
+                states[name] = empty
+        return cls(type(model.module).__name__, weights, states, aliases=set(model.aliases))
 
-    def __init__(self, architecture: str, weights: dict[str, torch.Tensor], states: dict[str, dict[str, torch.Tensor]]):
+    def __init__(
+        self,
+        architecture: str,
+        weights: dict[str, torch.Tensor],
+        states: dict[str, dict[str, torch.Tensor]],
+        aliases: set[str] | None = None,
+    ):
         self.architecture = architecture
-        self.weights = _unique(weights)
+        self.weights = {name: t.contiguous() for name, t in weights.items() if name not in (aliases or ())}
         self.moments = {
             f"{key}.{name}": value.detach().contiguous()
             for name, state in states.items()
             for key, value in state.items()
         }
-
-
-def unsharded(module: nn.Module, states: dict[str, dict[str, torch.Tensor]]) -> Any:
-    """States of ZeRO's shards, gathered by name, in the form of the whole module's optimizer: `state`, by parameter.
-    A parameter without elements, which no rank has a piece of, gets the empty states that it would have."""
-    with_all = next((s for s in states.values() if s), {})
-    found = {}
-    for name, parameter in module.named_parameters():
-        state = states.get(name, {})
-        if not state and parameter.requires_grad and not parameter.numel():
-            state = {k: v if k == "step" else torch.zeros_like(parameter) for k, v in with_all.items()}
-        found[parameter] = state
-    return SimpleNamespace(state=found)
 
 
 def save_model(full: Full, config: dict[str, Any], folder: Path) -> None:
@@ -87,47 +81,16 @@ def save_optimizer(full: Full, folder: Path) -> None:
     save_file(full.moments, folder / "optimizer.safetensors", metadata=METADATA)
 
 
-States = dict[str, dict[str, torch.Tensor]]
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    module: nn.Module,
-    folder: Path,
-    borrow: bool = False,
-    part_of: Callable[[States], States] | None = None,
-) -> None:
-    """Sets the state of every parameter, or of this rank's part of it; learning rates are the caller's.
-
-    borrow: the tensors stay in the mapped file, for a caller that copies what it needs; of a module that is not cut.
-    part_of: chooses the states of the parameters that a module holds some of.
-    """
+def load_optimizer(model: HybridModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Sets the state of this rank's part of every parameter; learning rates are the caller's."""
     states: dict[str, dict[str, torch.Tensor]] = {}
     for full, tensor in load_file(folder / "optimizer.safetensors").items():
         key, _, name = full.partition(".")
         states.setdefault(name, {})[key] = tensor
-    if part_of is not None:
-        states = part_of(states)
     try:
-        if borrow or part_of is not None:
-            optimizer.state.update(_by_parameter(module, states))
-        else:
-            load_full_optimizer_state(module, optimizer, states)
+        load_optimizer_state(model, optimizer, states)
     except ValueError as error:
         raise TrainError(f"checkpoint {folder} is of another model: {reason(error, with_type=False)}") from error
-
-
-def _by_parameter(
-    module: nn.Module, states: dict[str, dict[str, torch.Tensor]]
-) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
-    named = dict(module.named_parameters())
-    for name, state in states.items():
-        if name not in named:
-            raise ValueError(f"optimizer state for {name}, which is no parameter of {type(module).__name__}")
-        for key, value in state.items():
-            if value.dim() and value.shape != named[name].shape:
-                raise ValueError(f"{key} of {name} is {tuple(value.shape)}, the parameter {tuple(named[name].shape)}")
-    return {named[name]: state for name, state in states.items()}
 
 
 def _unique(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help=models)
     add("--plan", required=True, help='"pp=2 dp=2 zero=3", or a file of JSON')
     add("--batch-size", type=_positive, default=8, metavar="N", help="samples, over all ranks; default 8")
-    add("--seq-len", type=_positive, default=32, metavar="N", help="tokens of a sample; default 32")
+    add("--seq-len", type=_positive, default=64, metavar="N", help="tokens of a sample; default 64")
     add("--steps", type=_positive, default=3, metavar="N", help="of the optimizer; default 3")
     add("--accumulate", type=_positive, default=1, metavar="N", help="batches per step; default 1")
     add("--optimizer", default="AdamW", choices=OPTIMIZERS, metavar="NAME",

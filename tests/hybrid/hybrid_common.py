@@ -58,7 +58,7 @@ class Gpt(nn.Module):
     def __init__(self, layers: int, dim: int, heads: int, tied: bool, dropout: float, vocab: int):
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
-        self.position = nn.Embedding(16, dim)
+        self.position = nn.Embedding(64, dim)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.lm_head = nn.Linear(dim, vocab, bias=False)
@@ -93,25 +93,25 @@ def _make(kind: str, layers: int, tied: bool, heads: int, dropout: float, vocab:
         config: Any = transformers.LlamaConfig(
             vocab_size=vocab, hidden_size=8 * heads, intermediate_size=44, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-            max_position_embeddings=32, tie_word_embeddings=tied, attention_dropout=dropout,
+            max_position_embeddings=64, tie_word_embeddings=tied, attention_dropout=dropout,
         )  # fmt: skip
         return transformers.LlamaForCausalLM(config)
     config = transformers.GPT2Config(
-        vocab_size=vocab, n_positions=32, n_embd=8 * heads, n_layer=layers, n_head=heads, tie_word_embeddings=tied,
+        vocab_size=vocab, n_positions=64, n_embd=8 * heads, n_layer=layers, n_head=heads, tie_word_embeddings=tied,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
 
-def make_batches(count: int, samples: int, vocab: int = VOCAB) -> list[dict[str, torch.Tensor]]:
+def make_batches(count: int, samples: int, vocab: int = VOCAB, tokens: int = 12) -> list[dict[str, torch.Tensor]]:
     """Of sequences of which some are padded: their last tokens do not count."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for _ in range(count):
-        ids = torch.randint(vocab, (samples, 12), generator=generator)
+        ids = torch.randint(vocab, (samples, tokens), generator=generator)
         labels = ids.clone()
         for row in range(samples):
-            labels[row, 12 - int(torch.randint(6, (1,), generator=generator)) :] = -100
+            labels[row, tokens - int(torch.randint(6, (1,), generator=generator)) :] = -100
         batches.append({"input_ids": ids, "labels": labels})
     return batches
 

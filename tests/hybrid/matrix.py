@@ -154,7 +154,9 @@ def pairs() -> list[Cell]:
 
 def parts_of(cell: Cell, dtype: torch.dtype) -> tuple[nn.Module, list[Any]]:
     model = make_model(cell.model, **cell.options).to(dtype)
-    return model, make_batches(3 * cell.accumulate, cell.samples, cell.options["vocab"])
+    # Sequence parallel begins at 48 tokens of a forward.
+    tokens = 50 if cell.sequence_parallel else 12
+    return model, make_batches(3 * cell.accumulate, cell.samples, cell.options["vocab"], tokens)
 
 
 def run_cells(rank: int, world: int, cells: list[Cell], dtype: torch.dtype) -> list[Run]:

@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+import pypar
+from pypar.testing import run_ranks
 from pypar.trainer import checkpoint, state
 from pypar.trainer.errors import TrainError
 
@@ -111,28 +113,33 @@ class Tied(torch.nn.Module):
         self.head.weight = self.embedding.weight
 
 
-def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
-    def step(module, optimizer):
+def there_and_back(rank, world_size, folder):
+    def step(model, optimizer):
+        module = model.module
         module.head(module.embedding(torch.arange(5))).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def make():
-        module = Tied()
-        return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    def make(module):
+        return pypar.parallelize(module, "dp=1", torch.optim.AdamW, lr=0.1, fused=True)
 
-    module, optimizer = make()
-    step(module, optimizer)
-    full = state.Full.of(module, optimizer, is_cut=False)
-    state.save_model(full, {"model_type": "none"}, tmp_path)
-    state.save_optimizer(full, tmp_path)
-    again, its_optimizer = make()
-    state.load_model(again, tmp_path)
-    state.load_optimizer(its_optimizer, again, tmp_path)
-    step(module, optimizer)
+    model, optimizer = make(Tied())
+    step(model, optimizer)
+    full = state.Full.of(model, optimizer)
+    state.save_model(full, {"model_type": "none"}, folder)
+    state.save_optimizer(full, folder)
+    loaded = Tied()
+    state.load_model(loaded, folder)
+    again, its_optimizer = make(loaded)
+    state.load_optimizer(again, its_optimizer, folder)
+    step(model, optimizer)
     step(again, its_optimizer)
-    assert again.head.weight is again.embedding.weight
-    for name, tensor in module.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert loaded.head.weight is loaded.embedding.weight
+    for name, tensor in model.module.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_model_and_optimizer_come_back_bit_for_bit(tmp_path):
+    run_ranks(there_and_back, 1, tmp_path)
     with pytest.raises(TrainError, match=r"another model: embedding.weight is \(5, 4\) there, \(5, 6\) here"):
         state.load_model(Tied(6), tmp_path)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pypar.cli import main as pypar_main
+from pypar.hybrid import Plan
 from pypar.trainer import args, launch, model, rng
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError
-from pypar.trainer.optimizer import learning_rate, make_optimizer
+from pypar.trainer.optimizer import groups_of, learning_rate
 from pypar.trainer.presets import PRESETS
 from pypar.trainer.sample import generate
 
@@ -30,8 +31,8 @@ def test_learning_rate_warms_up_and_ends_low():
 
 def test_no_weight_decay_on_norms_and_biases():
     module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
-    optimizer = make_optimizer(module, TrainConfig(weight_decay=0.5))
-    decayed = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
+    groups = groups_of(list(module.named_parameters()), TrainConfig(weight_decay=0.5))
+    decayed = {group["weight_decay"]: len(group["params"]) for group in groups}
     assert decayed == {0.5: 1, 0.0: 3}
 
 
@@ -100,7 +101,27 @@ def test_every_setting_has_an_option():
         args.parse(["--help"])
     assert stopped.value.code == 0
     known = {action.dest for action in args.parser()._actions}
-    assert set(TrainConfig().to_json()) <= known
+    assert set(TrainConfig().to_json()) - {"more_plan"} <= known
+
+
+def test_a_plan_stands_for_its_options(tmp_path):
+    plan = Plan(pp=2, dp=2, zero=3, schedule="zbv", micro_batches=8, order=("tp", "dp", "pp"))
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json())
+    for text in (str(plan), str(file)):
+        given, _, _ = args.parse(["--plan", text])
+        assert TrainConfig.from_json(given).plan() == plan
+    given, _, _ = args.parse(["--plan", "dp=2 micro_batches=3", "--zero", "1"])
+    assert TrainConfig.from_json(given).plan() == Plan(dp=2, zero=1, micro_batches=3)
+    for text, says in (
+        ("zero=4", "--plan zero=4: plan zero=4: there are 0 (none), 1, 2 and 3"),
+        ("no.json", "No such file"),
+        ("dp=2 zero=1 precision=bfloat16", "use --dtype bfloat16"),
+        ("pp=2 split=[1,3]", "split is auto or balanced here"),
+    ):
+        with pytest.raises(TrainError) as error:
+            args.parse(["--plan", text])
+        assert says in str(error.value)
 
 
 def test_command_line_of_pypar(capsys):

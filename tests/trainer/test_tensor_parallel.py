@@ -61,8 +61,8 @@ def train(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
 
 
 def full_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    full = Full.of(trainer.module, trainer.optimizer, trainer.layout.tp > 1)
-    return {name: tensor.clone() for name, tensor in (full.weights | full.moments).items()}
+    full = Full.of(trainer.model, trainer.optimizer)
+    return {} if full is None else {name: tensor.clone() for name, tensor in (full.weights | full.moments).items()}
 
 
 class Validations:
@@ -110,14 +110,11 @@ def test_layouts_change_only_rounding(llama_options):
     for world_size, layouts in list(LAYOUTS.items())[1:]:
         ranks = run_ranks(results, world_size, job, backend=BACKEND)
         for number, found in enumerate(ranks[0]):
-            dp, tp = layouts[number % len(layouts)]
             assert_close(found[:4], wanted[number // len(layouts)][:4])
             for other in ranks[1:]:
                 assert other[number][:3] == found[:3], "every rank sees the same losses, norms and tokens"
             drawn = [rank[number][4] for rank in ranks]
-            for rank, numbers in enumerate(drawn):
-                assert numbers == drawn[rank // tp * tp], "ranks of one tp group draw the same numbers"
-            assert len(set(map(tuple, drawn))) == dp, "each dp rank draws its own"
+            assert all(numbers == drawn[0] for numbers in drawn), "one state of the generators goes into a checkpoint"
 
 
 def save_and_go_on(rank: int, world_size: int, jobs: list[dict]):
@@ -153,12 +150,11 @@ def test_a_checkpoint_goes_on_under_any_layout(llama_options, tmp_path):
     names = [f"dp{dp}tp{tp}" for dp, tp in LAYOUTS[4]]
     jobs = [prepare(args.parse([*llama_options, "--out", name])[0], None, False).to_json() for name in names]
     saved = run_ranks(save_and_go_on, 4, jobs, backend=BACKEND)[0]
-    for name, (dp, _), (straight, again) in zip(names, LAYOUTS[4], saved, strict=True):
+    for name, (straight, again) in zip(names, saved, strict=True):
         assert straight[0] == again[0], "the same layout goes on bit for bit"
         assert not [key for key, tensor in straight[1].items() if not torch.equal(tensor, again[1][key])]
         path = checkpoint.latest(tmp_path / name)
         checkpoint.verify(path)
-        assert len(checkpoint.read_state(path)["rng"]) == dp
         loaded = AutoModelForCausalLM.from_pretrained(path)
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.lm_head.weight.shape == (257, 32)
     for world_size, layouts in LAYOUTS.items():
