@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import pypar
-from pypar.trainer import cache, checkpoint, data, model, rng
+from pypar import rng
+from pypar.trainer import cache, checkpoint, data, model
 from pypar.trainer.clip import Clip
 from pypar.trainer.errors import TrainError
 from pypar.trainer.layout import Layout

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from pypar import rng
 from pypar.cli import main as pypar_main
-from pypar.trainer import args, launch, model, rng
+from pypar.trainer import args, launch, model
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError
 from pypar.trainer.optimizer import learning_rate, make_optimizer
