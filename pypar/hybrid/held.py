@@ -134,8 +134,8 @@ class Holding:
                     tensor = _whole(value)
                 else:
                     raise ValueError(
-                        f"state {key} of '{place.name}' is {list(value.shape)}, neither a number nor of the parameter's "
-                        f"shape {list(parameter.shape)}: it can't be saved from a part of a parameter"
+                        f"state {key} of '{place.name}' is {list(value.shape)}, neither a number nor of the "
+                        f"parameter's shape {list(parameter.shape)}: it can't be saved from a part of a parameter"
                     )
                 found.tensors[_state(place.name, key)] = tensor
                 found.keys.setdefault(place.name, []).append(key)

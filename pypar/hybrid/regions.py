@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 SHARE_BYTES = 64 << 10  # what several ranks hold is shared out among them in parts of this size at least
 MOST_BYTES = 32 << 20  # of one part: a rank that loads reads whole parts
@@ -70,6 +71,20 @@ def subtract(box: Box, other: Box) -> Iterator[Box]:
         box = box.part(dim, first - begin, last - first)
 
 
+def are_apart(boxes: Sequence[Box]) -> bool:
+    """No two have an element in common. By a sweep along the dim in which they begin at the most places."""
+    if len(boxes) < 2:
+        return True
+    dim = max(range(len(boxes[0].sizes)), key=lambda d: len({box.offsets[d] for box in boxes}))
+    active: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        active = [each for each in active if box.offsets[dim] < each.offsets[dim] + each.sizes[dim]]
+        if any(box.meets(each) for each in active):
+            return False
+        active.append(box)
+    return True
+
+
 def split(box: Box, parts: int) -> Iterator[Box]:
     """About so many parts of it, along its first dim that has enough indices, or else its longest."""
     if parts <= 1:
@@ -79,8 +94,7 @@ def split(box: Box, parts: int) -> Iterator[Box]:
     dim = next((d for d in dims if box.sizes[d] >= parts), max(dims, key=lambda d: box.sizes[d]))
     size = box.sizes[dim]
     parts = min(parts, size)
-    bounds = [size * n // parts for n in range(parts + 1)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(size * n // parts for n in range(parts + 1)):
         yield box.part(dim, start, stop - start)
 
 
@@ -100,7 +114,7 @@ def share_out(
             if box.numel:
                 holders.setdefault(box, []).append(rank)
     parts = list(holders.items())
-    if sum(box.numel for box in holders) != numel:  # some overlap: each is what the ones before it have not
+    if not are_apart(list(holders)):  # then each is what the ones before it have not
         done: list[Box] = []
         parts = []
         for box, ranks in holders.items():
