@@ -98,7 +98,8 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype | None = None
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        where, done = {}, 0
+        where: dict[str, str] = {}
+        done = 0
         for number, names in enumerate(files, 1):
             is_one = len(files) == 1
             file = "model.safetensors" if is_one else f"model-{number:05d}-of-{len(files):05d}.safetensors"
@@ -107,7 +108,7 @@ def to_hugging_face(source: Path, target: Path, dtype: torch.dtype | None = None
             save_file(tensors, aside / file, metadata={"format": "pt"})
             where |= {name: file for name in names}
             done += sum(_bytes(kinds[name]) for name in names)
-            _say(f"{file}: {len(names)} tensors; {done / 1e9:.2f} of {num_bytes / 1e9:.2f} GB, {_percent(done, num_bytes)}")
+            _say(f"{file}: {len(names)} tensors; {_progress(done, num_bytes)}")
         if len(files) > 1:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(where.items()))}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -176,8 +177,8 @@ def _replace(aside: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _percent(done: int, total: int) -> str:
-    return f"{100 * done / total:.0f} %" if total else "100 %"
+def _progress(done: int, total: int) -> str:
+    return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {100 * done / max(1, total):.0f} %"
 
 
 def _say(text: str) -> None:
