@@ -18,7 +18,7 @@ PLANS = {
     4: [
         "dp=4 zero=0",
         "dp=4 zero=3",
-        "tp=4 micro_batches=4",  # 6 heads and 3 of keys and values on 4 ranks: uneven, with copies
+        "tp=4 micro_batches=4",  # 6 heads, and in llama 3 of keys and values, on 4 ranks: uneven, with copies
         "pp=2 dp=2 zero=1 micro_batches=2",
         "pp=2 tp=2 micro_batches=4 order=tp+dp+pp",
         "dp=2 tp=2 zero=2 micro_batches=2",
@@ -99,16 +99,17 @@ def _first_name_alone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
 def test_every_plan_loads_what_others_saved(tmp_path: Path, every: bool):
-    """Each plan loads its own and two others' checkpoints; or, slow, all of them."""
+    """Each plan loads its own and two others' checkpoints; or, slow, all of them, of a model of Hugging Face."""
+    kind = "llama" if every else "own"
     saved: dict[str, tuple[dict[str, torch.Tensor], list[float]]] = {}
     for world, plans in PLANS.items():
-        saved |= zip(plans, run_ranks(_save_each, world, str(tmp_path), plans, "llama")[0], strict=True)
+        saved |= zip(plans, run_ranks(_save_each, world, str(tmp_path), plans, kind)[0], strict=True)
     names = list(saved)
     loads = {p: names if every else [names[(n + k) % len(names)] for k in (3, 1, 0)] for n, p in enumerate(names)}
     wrong = []
     for world, plans in PLANS.items():
         mine = [(plan, loads[plan]) for plan in plans]
-        for plan, source, state, losses in run_ranks(_load_each, world, str(tmp_path), mine, "llama")[0]:
+        for plan, source, state, losses in run_ranks(_load_each, world, str(tmp_path), mine, kind)[0]:
             wanted, next_losses = saved[source]
             what = f"{source} -> {plan}: "
             wrong += [what + each for each in _differences(_first_name_alone(state), _first_name_alone(wanted))[:2]]

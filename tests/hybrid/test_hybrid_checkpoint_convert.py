@@ -36,7 +36,8 @@ def _load(rank: int, world: int, path: str) -> dict[str, torch.Tensor]:
 
 
 def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    wanted = run_ranks(_save, 2, str(tmp_path / "ckpt"), "tp=2 micro_batches=2")[0]
+    # 2 heads of keys and values on 4 ranks: copies
+    wanted = run_ranks(_save, 4, str(tmp_path / "ckpt"), "tp=4 micro_batches=2")[0]
     assert main(["convert", str(tmp_path / "ckpt"), str(tmp_path / "hf"), "--max-file-gb", "0.00005"]) == 0
     said = capsys.readouterr().out
     assert "checking" in said and "100 %" in said and f"wrote {tmp_path / 'hf'}" in said

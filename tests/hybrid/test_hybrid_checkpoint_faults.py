@@ -301,10 +301,10 @@ def test_saving_in_the_background(tmp_path: Path):
 
 
 def _silent(rank: int, world: int) -> str:
-    together.SILENCE_S, together.ALIVE_S = 2.0, 0.1
+    together.SILENCE_S, together.ALIVE_S = 1.0, 0.1
     ranks = together.InBackground("cannot save x", "token")
     if rank == 1:
-        time.sleep(6)  # neither answers nor shows a sign of life
+        time.sleep(3)  # neither answers nor shows a sign of life
         return ""
     return _said(lambda: ranks.spread(lambda: rank, lambda all: all))
 
@@ -312,9 +312,9 @@ def _silent(rank: int, world: int) -> str:
 def _slow(rank: int, world: int) -> int:
     together.SILENCE_S, together.ALIVE_S = 1.0, 0.1
     ranks = together.InBackground("cannot save x", "token")
-    return ranks.spread(lambda: time.sleep(3 * rank), lambda all: [10, 11])
+    return ranks.spread(lambda: time.sleep(2 * rank), lambda all: [10, 11])
 
 
 def test_a_rank_that_is_gone_is_not_waited_for_for_ever():
-    assert run_ranks(_silent, 2)[0] == "cannot save x: rank 1 gave no sign of life for 2 s"
+    assert run_ranks(_silent, 2)[0] == "cannot save x: rank 1 gave no sign of life for 1 s"
     assert run_ranks(_slow, 2) == [10, 11]
