@@ -3,7 +3,7 @@
 from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
-from pypar.hybrid import Plan, PlanError, gather_grads, gather_optimizer_state, gather_state, parallelize
+from pypar.hybrid import Plan, PlanError, gather_grads, gather_optimizer_state, gather_state, load, parallelize, save
 from pypar.mesh import init
 from pypar.model_parallel import ModelParallel
 from pypar.ops import Calibration, calibrate, explain
@@ -39,8 +39,10 @@ __all__ = [
     "gather_optimizer_state",
     "gather_state",
     "init",
+    "load",
     "ops",
     "parallelize",
+    "save",
     "tensor_parallel",
     "verify",
 ]

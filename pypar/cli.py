@@ -12,6 +12,7 @@ SUBCOMMANDS = {
     "verify": ("pypar.verify.cli", "hold a model under a plan against one process: loss, every gradient, every weight"),
     "chart": ("pypar.pipeline_parallel.chart", "draw a pipeline schedule: what each rank runs when, holds and idles"),
     "bench": ("pypar.bench_cli", "measure collectives and training steps against gloo and others"),
+    "convert": ("pypar.hybrid.convert", "turn a checkpoint into a Hugging Face folder, or the other way round"),
     "doctor": ("pypar.doctor", "print versions, CPU features, transport and which kernel each op will run"),
 }
 

@@ -54,6 +54,8 @@ MAY_IMPORT = {
         "pypar.mesh",
         "pypar.reference",
         "pypar.backend",
+        "pypar.atomic",
+        "pypar.rng",
     },
     "pypar.tensor_parallel": {"pypar.ops", "pypar.symmetric", "pypar.mesh", "pypar.backend", "pypar.tensor_parallel"},
 }

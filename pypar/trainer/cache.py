@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pypar.trainer.atomic import sync
+from pypar.atomic import sync
 from pypar.trainer.documents import find_files, read_text
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.tokens import Tokens

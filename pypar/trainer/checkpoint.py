@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pypar.trainer.atomic import sync
+from pypar.atomic import sync
 from pypar.trainer.errors import TrainError, reason
 
 FORMAT = 1

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import pypar
+from pypar import rng
 from pypar.hybrid import HybridModel, HybridOptimizer
-from pypar.trainer import cache, checkpoint, data, model, rng
+from pypar.trainer import cache, checkpoint, data, model
 from pypar.trainer.config import as_options
 from pypar.trainer.errors import TrainError
 from pypar.trainer.loss import TokenLoss

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pypar.trainer.atomic import write_file
+from pypar.atomic import write_file
 from pypar.trainer.errors import TrainError, reason
 
 NAME = "metrics.jsonl"

@@ -57,7 +57,7 @@ def load_full_state_dict(zero: Zero, state: State | None, src: int | None) -> No
     error, header, groups = said
     if error is not None:
         raise ValueError(f"pypar.Zero: {error}")
-    _barrier(zero)  # nobody reads the parameters any more
+    barrier(zero)  # nobody reads the parameters any more
     for flat in zero._flats:
         _set_weights(flat, _shard(flat, model.get, src))
     for buffer, name in ((b, n) for n, b in _buffers(zero.module)):
@@ -70,7 +70,7 @@ def load_full_state_dict(zero: Zero, state: State | None, src: int | None) -> No
     else:
         _receive_states(zero, header, optimizer.get("state", {}), src)
     _load_groups(zero, groups)
-    _settle(zero)
+    settle(zero)
 
 
 def _problem(zero: Zero, model: dict[str, torch.Tensor]) -> str | None:
@@ -159,7 +159,7 @@ def sharded_state_dict(zero: Zero) -> State:
                         parts.append((start, value))
                 if not scalar:
                     dtype = flat.master.dtype
-                    states.setdefault(name, {})[key] = ShardTensor(shapes[name], dtype, parts)
+                    states.setdefault(name, {})[key] = ShardTensor.of_flat(shapes[name], dtype, parts)
                 elif parts:
                     states.setdefault(name, {})[key] = parts[0][1]
     return {
@@ -174,7 +174,7 @@ def _sharded(flat: FlatParameters, shard: torch.Tensor) -> dict[str, torch.Tenso
     for piece in flat.layout.pieces(flat.rank):
         parts[piece.index].append((piece.start, shard[piece.begin - first : piece.end - first]))
     return {
-        name: ShardTensor(shape, shard.dtype, parts[index])
+        name: ShardTensor.of_flat(shape, shard.dtype, parts[index])
         for index, (name, shape) in enumerate(zip(flat.names, flat.shapes, strict=True))
     }
 
@@ -215,12 +215,12 @@ def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
                     parts.setdefault(full, (shapes[name], []))[1].append(
                         (start, zero.optimizer.inner.state[piece][key])
                     )
-        wanted |= {full: ShardTensor(shape, held[0][1].dtype, held) for full, (shape, held) in parts.items()}
+        wanted |= {full: ShardTensor.of_flat(shape, held[0][1].dtype, held) for full, (shape, held) in parts.items()}
     settings = [name for name in stored if name.startswith(GROUPS)]
     missing = sorted(name for name in wanted if name not in stored)
     if missing:
         raise ValueError(f"pypar.Zero: the checkpoint {os.fspath(folder)} has no '{missing[0]}'")
-    _barrier(zero)  # nobody reads the parameters any more
+    barrier(zero)  # nobody reads the parameters any more
     wanted |= scalars
     wanted |= {n: torch.zeros(stored[n].size) if hasattr(stored[n], "size") else None for n in settings}
     dcp.load(wanted, storage_reader=reader, process_group=zero.group)
@@ -235,7 +235,7 @@ def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
         number, _, key = name.removeprefix(GROUPS).partition(".")
         groups.setdefault(int(number), {})[key] = wanted[name]
     _load_groups(zero, [groups[number] for number in sorted(groups)] or None)
-    _settle(zero)
+    settle(zero)
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
@@ -286,14 +286,14 @@ def _load_groups(zero: Zero, groups: list[State] | None) -> None:
         group.update({k: v for k, v in given.items() if k != "params"})
 
 
-def _barrier(zero: Zero) -> None:
+def barrier(zero: Zero) -> None:
     if zero.world_size > 1:
         dist.barrier(group=zero.group)
 
 
-def _settle(zero: Zero) -> None:
+def settle(zero: Zero) -> None:
     """After the shards have changed: everybody's newest values. Collective."""
-    _barrier(zero)
+    barrier(zero)
     for flat in zero._flats:
         flat.publish()
     zero._gatherer.finish()

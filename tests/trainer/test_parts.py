@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from pypar import rng
 from pypar.cli import main as pypar_main
 from pypar.hybrid import Plan
-from pypar.trainer import args, launch, model, rng
+from pypar.trainer import args, launch, model
 from pypar.trainer.config import TrainConfig
 from pypar.trainer.errors import TrainError
 from pypar.trainer.optimizer import groups_of, learning_rate
