@@ -49,14 +49,19 @@ class Job:
         return cls(**{**values, "config": TrainConfig.from_json(values["config"])})
 
 
-def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: int | None = None) -> Job:
+def prepare(
+    given: dict[str, Any], resume: str | None, debug: bool, world_size: int | None = None, again: bool = False
+) -> Job:
     """Checks all of it, tokenises the data, chooses and makes the output folder. Raises TrainError.
 
-    given: the settings of the command line. world_size: of torchrun, which with --tp decides --dp.
+    given: the settings of the command line. world_size: of torchrun, which with --tp decides --dp. again: torchrun has
+    restarted the ranks, and the run goes on from its newest checkpoint, if there is one.
     """
     require_extra()
     given = _absolute(given)
     found = _find_checkpoint(resume, given)
+    if again:
+        found = _newest(given, found) or found
     state = checkpoint.read_state(found) if found else None
     config = TrainConfig.from_json((state["config"] if state else {}) | given)
     if world_size is not None:
@@ -84,7 +89,7 @@ def prepare(given: dict[str, Any], resume: str | None, debug: bool, world_size: 
             f"the data is not what checkpoint {found} was trained on ({loaded.meta['num_tokens']} tokens, "
             f"{state['data']['num_tokens']} then): give the same --data, or start a new run with --model {found}"
         )
-    out = _output(config, given.get("out"), found)
+    out = _output(config, given.get("out"), found, again)
     return Job(
         dataclasses.replace(config, out=str(out)), model, weights, str(built), str(found) if found else None, debug
     )
@@ -144,6 +149,16 @@ def _find_checkpoint(resume: str | None, given: dict[str, Any]) -> Path | None:
     return found
 
 
+def _newest(given: dict[str, Any], found: Path | None) -> Path | None:
+    """The newest intact checkpoint of the run that was interrupted: of --out, of what --resume named, else of runs/."""
+    run = Path(given["out"]) if given.get("out") else checkpoint.run_of(found) if found else None
+    runs = [run] if run is not None else [p for p in Path("runs").glob("*") if (p / "checkpoints").is_dir()]
+    for each in runs:
+        checkpoint.restore(each)
+    saved = [path.absolute() for each in runs for path in checkpoint.all_of(each) if not checkpoint.problem(path)]
+    return max(saved, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def _same_run(given: dict[str, Any], config: TrainConfig, state: dict[str, Any], found: Path | None) -> None:
     stored = TrainConfig.from_json(state["config"])
     if "model" in given and given["model"] != stored.model:
@@ -179,12 +194,13 @@ def _check_backend(backend: str | None) -> None:
             )
 
 
-def _output(config: TrainConfig, wanted: str | None, found: Path | None) -> Path:
-    """The run's folder, made and writable. wanted: --out; without it a resumed run goes on where it lies."""
+def _output(config: TrainConfig, wanted: str | None, found: Path | None, again: bool) -> Path:
+    """The run's folder, made and writable. wanted: --out; without it a resumed run goes on where it lies. again: the
+    run itself is there already."""
     run = checkpoint.run_of(found) if found else None
     if wanted:
         out = Path(wanted)
-        if _holds_a_run(out) and out != run:
+        if _holds_a_run(out) and out != run and not again:
             raise TrainError(
                 f"--out {out} holds a run already: --resume goes on with it, another --out starts a new one"
             )
