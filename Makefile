@@ -23,8 +23,8 @@ $(BUILT): $(INSTALLED) setup.py $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[train,bench,dev]"
 	touch $@
 
-train: install  ## the main job: two ranks learn the standard library's sources
-	$(BIN)/pypar train --dp 2
+train: install  ## the main job: four ranks learn the standard library's sources
+	$(BIN)/pypar train --dp 2 --tp 2 --zero 1
 
 test: check  ## every test, the long ones included
 	$(BIN)/python -m pytest tests
