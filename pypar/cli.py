@@ -10,6 +10,7 @@ from collections.abc import Sequence
 SUBCOMMANDS = {
     "train": ("pypar.trainer.main", "train a language model on this machine's cores, or under torchrun"),
     "chart": ("pypar.pipeline_parallel.chart", "draw a pipeline schedule: what each rank runs when, holds and idles"),
+    "estimate": ("pypar.estimate_cli", "memory of every rank and bytes that it sends per step, before a run"),
     "bench": ("pypar.bench_cli", "measure collectives and training steps against gloo and others"),
     "doctor": ("pypar.doctor", "print versions, CPU features, transport and which kernel each op will run"),
 }
