@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,11 +43,12 @@ def stand_in(rank: int, size: int) -> Iterator[dist.ProcessGroup]:
     """A group of which this is one rank, and the others aren't there: it has a name and a size."""
     from torch._C._distributed_c10d import FakeProcessGroup, _register_process_group, _unregister_process_group
 
-    group: Any = dist.ProcessGroup(rank, size)
+    made: Any = dist.ProcessGroup
+    group = made(rank, size)
     group._register_backend(
         torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, FakeProcessGroup._create_internal(rank, size)
     )
-    name = f"pypar.estimate.{next(_names)}"
+    name = dist.GroupName(f"pypar.estimate.{next(_names)}")
     group._set_group_name(name)
     _register_process_group(name, group)
     try:
@@ -71,6 +73,23 @@ def without_values(module: nn.Module, mode: FakeTensorMode, dtype: torch.dtype |
     return copied
 
 
+@contextmanager
+def one_sequence_per_row() -> Iterator[None]:
+    """Hugging Face's models look at the values of their positions for sequences that are packed into one row, and
+    where there are no values make the masks that those would need, of which attention then keeps copies. Here there
+    are none such."""
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    finds = getattr(masks, "find_packed_sequence_indices", None)
+    if finds is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = finds
+
+
 class Live(TorchDispatchMode):
     """Bytes of the tensors that come to be in the block and are there still, and the most at a time.
 
@@ -91,7 +110,7 @@ class Live(TorchDispatchMode):
         this = weakref.ref(self)
         for parameter in parameters:
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: (live := this()) and live._claim(p))
+                parameter.register_post_accumulate_grad_hook(_claiming(this))
 
     @contextmanager
     def hiding(self) -> Iterator[None]:
@@ -141,6 +160,15 @@ class Live(TorchDispatchMode):
             self.gradients -= num_bytes
 
 
+def _claiming(this: weakref.ref[Live]) -> Callable[[torch.Tensor], None]:
+    def hook(parameter: torch.Tensor) -> None:
+        live = this()
+        if live is not None:
+            live._claim(parameter)
+
+    return hook
+
+
 @dataclass
 class Message:
     leaves: list[Any]
@@ -151,7 +179,7 @@ class Message:
 class DryChannel:
     """Of an edge between two stages: what is sent comes back as new tensors, in memory of the ring."""
 
-    live_of_receiver: Callable[[], Live]
+    receiver: Live | None = None  # where memory is made for what comes
     messages: dict[int, Message] = field(default_factory=dict)
     sent_bytes: int = 0
     most_bytes: int = 0
@@ -171,7 +199,8 @@ class DryChannel:
 
     def recv(self, tag: int) -> Any:
         message = self.messages.pop(tag)
-        with self.live_of_receiver().hiding():
+        assert self.receiver is not None
+        with self.receiver.hiding():
             leaves = [x.empty() if isinstance(x, _Shape) else x for x in message.leaves]
         return pytree.tree_unflatten(leaves, message.spec)
 
@@ -191,4 +220,3 @@ def quiet(module: nn.Module) -> None:
     config: Any = getattr(module, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
-

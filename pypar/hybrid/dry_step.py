@@ -1,4 +1,4 @@
-"""A training step of one tensor-parallel rank of every stage, run dry: what pypar.parallelize would do, in its order."""
+"""A training step of one tensor-parallel rank of every stage, run dry, in the order of pypar.parallelize's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pypar.hybrid.dry import DryChannel, DryLosses, Live, quiet, stand_in, without_values
+from pypar.hybrid.dry import DryChannel, DryLosses, Live, one_sequence_per_row, quiet, stand_in, without_values
 from pypar.hybrid.loss import entropy_of
 from pypar.hybrid.plan import Plan
 from pypar.hybrid.recompute import recompute_blocks
@@ -79,22 +79,9 @@ def dry_step(
     the smallest share. Raises ValueError where the module or loss_fn asks for values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with stand_in(tp_rank, plan.tp) as group, _quiet_generator():
-            modules = []
+        with stand_in(tp_rank, plan.tp) as group, _quiet_generator(), one_sequence_per_row():
             starts = _starts(module, plan)
-            for _ in range(plan.pp):
-                part = without_values(module, mode, torch.bfloat16 if plan.precision == "bfloat16" else None)
-                quiet(part)
-                part.train()
-                with mode:
-                    if plan.tp > 1:
-                        cut_for(
-                            part, Place(group.group_name, tp_rank, plan.tp), plan.tp_plan,
-                            sequence_parallel=plan.sequence_parallel, loss_parallel=plan.loss_parallel,
-                        )  # fmt: skip
-                    if plan.recompute:
-                        recompute_blocks(part)
-                modules.append(part)
+            modules = [_cut_for_rank(module, plan, tp_rank, group.group_name, mode) for _ in range(plan.pp)]
             with mode:
                 share = torch.utils._pytree.tree_map_only(torch.Tensor, _empty_like, share)
                 parts = cut_batch(share, min(plan.micro_batches, least))
@@ -111,6 +98,28 @@ def dry_step(
             f"estimate: the module or loss_fn looks at the values of a tensor ({error.func}), and there are none "
             "before a run; leave that out while estimating, for example with a loss_fn of its own"
         ) from error
+
+
+def shapes_of(module: nn.Module, plan: Plan, tp_rank: int) -> tuple[torch.Size, ...]:
+    """Of the parameters of one tensor-parallel rank."""
+    with stand_in(tp_rank, plan.tp) as group:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        return tuple(p.shape for p in _cut_for_rank(module, plan, tp_rank, group.group_name, mode).parameters())
+
+
+def _cut_for_rank(module: nn.Module, plan: Plan, tp_rank: int, name: str, mode: FakeTensorMode) -> nn.Module:
+    part = without_values(module, mode, torch.bfloat16 if plan.precision == "bfloat16" else None)
+    quiet(part)
+    part.train()
+    with mode:
+        if plan.tp > 1:
+            cut_for(
+                part, Place(name, tp_rank, plan.tp), plan.tp_plan,
+                sequence_parallel=plan.sequence_parallel, loss_parallel=plan.loss_parallel,
+            )  # fmt: skip
+        if plan.recompute:
+            recompute_blocks(part)
+    return part
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -193,39 +202,49 @@ def _pipeline(
     copies, slots = slots is None, slots if slots is not None else slots_needed(schedule, holds=False)
     if slots is None:
         raise ValueError(f"schedule '{schedule.name}' needs more than 64 messages under way")
-    lives: list[Live] = []
-    channels = {link: DryChannel(_receiver(lives, schedule, link)) for link in links(schedule)}
-    stages, engines, traffics, ties, hows = [], [], [], [], []
-    for rank, module in enumerate(modules):
-        made, tied, engine = _stage(module, plan, schedule, rank, starts, channels, copies)
-        how = gradients(made)
-        lives.append(_prepare(made, how, _tensors(parts), tied))
-        stages.append(made), engines.append(engine), traffics.append(Traffic()), ties.append(tied), hows.append(how)
+    channels = {link: DryChannel() for link in links(schedule)}
+    ranks = [
+        _rank(module, plan, schedule, rank, starts, channels, copies, gradients, _tensors(parts))
+        for rank, module in enumerate(modules)
+    ]
+    for link, channel in channels.items():
+        channel.receiver = ranks[schedule.rank_of(link.target)].live
     spans = [(span.start, rank, span.action) for rank, row in enumerate(simulate(schedule).spans) for span in row]
-    for _, rank, action in sorted(spans, key=lambda s: (s[0], s[1])):
-        with lives[rank], traffics[rank]:
-            engines[rank]._do(action, parts[action.micro_batch], losses, action.micro_batch)
-            lives[rank].claim()
+    for _, number, action in sorted(spans, key=lambda span: span[:2]):
+        rank = ranks[number]
+        with rank.live, rank.traffic:
+            rank.engine._do(action, parts[action.micro_batch], losses, action.micro_batch)
+            rank.live.claim()
             if action.kind in "BW":
-                stages[rank].reductions[action.stage] = stages[rank].reductions.get(action.stage, 0) + 1
-                for parameter in hows[rank].shared_out(action.stage):
+                rank.stage.reductions[action.stage] = rank.stage.reductions.get(action.stage, 0) + 1
+                for parameter in rank.gradients.shared_out(action.stage):
                     parameter.grad = None
-        gc.collect(1) if action.kind in "BW" else None
-    for rank, (stage, live, traffic, tied) in enumerate(zip(stages, lives, traffics, ties, strict=True)):
-        _finish(stage, live, traffic)
-        _rings(stage, rank, schedule, slots, channels)
-        _tied(stage, tied)
-    return stages
+        if action.kind in "BW":
+            gc.collect(1)
+    for number, rank in enumerate(ranks):
+        _finish(rank.stage, rank.live, rank.traffic)
+        _rings(rank.stage, number, schedule, slots, channels)
+        _tied(rank.stage, rank.tied)
+    return [rank.stage for rank in ranks]
 
 
-def _receiver(lives: list[Live], schedule: Schedule, link: Link) -> Callable[[], Live]:
-    return lambda: lives[schedule.rank_of(link.target)]
+@dataclass
+class _Rank:
+    """Of the pipeline."""
+
+    stage: Stage
+    engine: Engine
+    tied: list[Tied]
+    gradients: GradientsOf
+    live: Live
+    traffic: Traffic
 
 
-def _stage(
-    module: nn.Module, plan: Plan, schedule: Schedule, rank: int, starts: Any, channels: Any, copies: bool
-) -> tuple[Stage, list[Tied], Engine]:
-    """As pypar.Pipeline sets a rank up."""
+def _rank(
+    module: nn.Module, plan: Plan, schedule: Schedule, rank: int, starts: Any, channels: Any, copies: bool,
+    gradients: Grads, kept: Sequence[torch.Tensor],
+) -> _Rank:  # fmt: skip
+    """As pypar.Pipeline sets one up."""
     pieces, queue = cut(module, schedule.num_stages, starts), WeightQueue()
     here = {s for s in range(schedule.num_stages) if schedule.rank_of(s) == rank}
     tied = find_tied(module, pieces, schedule.rank_of, plan.pp, rank)
@@ -233,12 +252,14 @@ def _stage(
     for part in pieces.parts:
         if part.stage in here:
             attach(part.module, queue, {key for key, name in first.items() if name != part.name})
-    parts = Stages(module, pieces, here, plan.carry)
+    stages = Stages(module, pieces, here, plan.carry)
     mine = {
         link: channel for link, channel in channels.items()
         if rank in (schedule.rank_of(link.stage), schedule.rank_of(link.target))
     }  # fmt: skip
-    return Stage(module, pieces), tied, Engine(parts, queue, mine, copies)
+    stage = Stage(module, pieces)
+    how = gradients(stage)
+    return _Rank(stage, Engine(stages, queue, mine, copies), tied, how, _prepare(stage, how, kept, tied), Traffic())
 
 
 def _rings(stage: Stage, rank: int, schedule: Schedule, slots: dict[Link, int], channels: Any) -> None:
@@ -261,5 +282,3 @@ def _tied(stage: Stage, tied: list[Tied]) -> None:
         mine = sum(g.numel() * g.dtype.itemsize for g in grads)
         stage.add("pp", "send", (8 + mine) * (len(each.ranks) - 1))
         stage.whole_gradients += (len(each.ranks) - 1) * mine
-
-

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pypar.hybrid.dry_step import Stage, dry_step
+from pypar.hybrid.dry_step import Stage, dry_step, shapes_of
 from pypar.hybrid.holdings import CONTROL, OptimizerCost, buffer_bytes, gradients_of, held, sent
 from pypar.hybrid.plan import Plan, PlanError
 from pypar.hybrid.traffic import Count
@@ -149,10 +149,13 @@ class _Dry:
     def __init__(self, module: nn.Module, plan: Plan, shares: Sequence[Any], loss_fn: LossFn | None, least: int):
         self.module, self.plan, self.shares, self.loss_fn, self.least = module, plan, shares, loss_fn, least
         self.num_parts = min(plan.micro_batches, least)
-        self._known: dict[tuple[int, int], list[Stage]] = {}
+        self._known: dict[tuple[int, Any], list[Stage]] = {}
+        self._shapes = [shapes_of(module, plan, rank) for rank in range(plan.tp)] if plan.tp > 1 else [()]
 
     def __call__(self, pp_rank: int, dp_rank: int, tp_rank: int) -> Stage:
-        key = size_of(self.shares[dp_rank]), tp_rank
+        samples = size_of(self.shares[dp_rank])
+        rows_differ = self.plan.sequence_parallel and bool(samples % (self.num_parts * self.plan.tp))
+        key = samples, tp_rank if rows_differ else self._shapes[tp_rank]
         if key not in self._known:
             self._known[key] = dry_step(
                 self.module, self.plan, self.shares[dp_rank], tp_rank, self.loss_fn, self.least,

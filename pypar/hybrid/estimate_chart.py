@@ -65,7 +65,7 @@ def _bars(axes: Any, values: dict[str, list[float]], colors: dict[str, str]) -> 
     for row, total in enumerate(left):
         axes.text(total, row, f" {total:,.4g}", va="center", fontsize=8)
     axes.set_xlim(0, 1.12 * max([*left, 1e-9]))
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -73,8 +73,11 @@ class Flat:
     @property
     def shard_bytes(self) -> int:
         """Of the reduced gradients of a rank."""
-        return self.num_bytes // self.layout.world_size * (4 if self.is_wide else self.dtype.itemsize) // (
-            self.dtype.itemsize
+        return (
+            self.num_bytes
+            // self.layout.world_size
+            * (4 if self.is_wide else self.dtype.itemsize)
+            // (self.dtype.itemsize)
         )
 
 
