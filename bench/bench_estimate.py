@@ -58,7 +58,7 @@ def make_model(size: str) -> Any:
 
     torch.manual_seed(0)
     config: Any = transformers.LlamaConfig(
-        **SIZES[size], num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, use_cache=False
+        **SIZES[size], num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512, use_cache=False
     )
     return transformers.LlamaForCausalLM(config)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from pypar.hybrid.dry import DryChannel, DryLosses, Live, one_sequence_per_row, quiet, stand_in, without_values
 from pypar.hybrid.loss import entropy_of
@@ -93,7 +93,7 @@ def dry_step(
                     ("tp" if axis == group.group_name else axis, op): count for (axis, op), count in stage.sent.items()
                 }
             return stages
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"estimate: the module or loss_fn looks at the values of a tensor ({error.func}), and there are none "
             "before a run; leave that out while estimating, for example with a loss_fn of its own"
