@@ -1,11 +1,11 @@
 """Memory of every rank, measured and as pypar.estimate says before the run: python -m bench.bench_estimate.
 
-A Llama of 27 million parameters (8 layers, hidden size 512) learns under twelve plans of 4 ranks on one host, with
+A Llama of 25 million parameters (8 layers, hidden size 512) learns under twelve plans of 4 ranks on one host, with
 AdamW, for four steps. Measured over the last two is the most memory that a rank takes, less what it took before the
-model was built. Private memory: the kernel's high-water mark (VmHWM, reset before those steps). Memory that ranks share: the
-proportional set size of its pages (Pss_Shmem of /proc/self/smaps_rollup: a page that n processes map counts 1/n to
-each). glibc gives back freed memory above 64 KiB at once here (mallopt), so that what is measured is what is in use;
---plain-malloc leaves that out: what glibc keeps then comes on top.
+model was built. Private memory: the kernel's high-water mark (VmHWM, reset before those steps). Memory that ranks
+share: the proportional set size of its pages (Pss_Shmem of /proc/self/smaps_rollup: a page that n processes map counts
+1/n to each). glibc gives back freed memory above 64 KiB at once here (mallopt), so that what is measured is what is in
+use; --plain-malloc leaves that out: what glibc keeps then comes on top.
 
 A plan passes where all of its ranks together are within 10 % of the estimate; `worst` is the rank that is off the most.
 """

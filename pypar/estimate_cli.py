@@ -98,6 +98,10 @@ def run(args: argparse.Namespace) -> str:
         raise TrainError(f"--chart needs matplotlib: pip install pypar[train] ({error})") from error
     except (ValueError, OSError) as error:
         raise TrainError(reason(error, with_type=False)) from error
+    except Exception as error:
+        raise TrainError(
+            f"--model {args.model} fails in a step under --plan {args.plan}, as it would in a run: {reason(error)}"
+        ) from error
     return found.to_json() if args.json else found.table()
 
 

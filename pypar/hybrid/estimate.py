@@ -18,6 +18,7 @@ from pypar.hybrid.plan import Plan, PlanError
 from pypar.hybrid.traffic import Count
 from pypar.pipeline_parallel.batch import LossFn, size_of
 
+MOST_ROWS = 32  # of a table or a chart
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
 
 
@@ -57,14 +58,15 @@ class Estimate:
     num_parameters: int
 
     def table(self) -> str:
-        """A row per rank: memory by kind, then bytes sent by axis, in MB."""
+        """A row per rank: memory by kind, then bytes sent by axis, in MB. Of many ranks those that are alike share
+        one."""
         axes = [axis for axis in ("pp", "dp", "tp", CONTROL) if any(axis in rank.sent for rank in self.ranks)]
         head = ["rank", "pp dp tp", *KINDS, "memory", *(f"sends {axis}" for axis in axes), "sends"]
         rows = [head]
-        for each in self.ranks:
+        for each, label in self.rows(MOST_ROWS):
             rows.append(
                 [
-                    str(each.rank), f"{each.pp_rank} {each.dp_rank} {each.tp_rank}",
+                    label, f"{each.pp_rank} {each.dp_rank} {each.tp_rank}",
                     *(_mb(each.memory[kind]) for kind in KINDS), _mb(each.memory_bytes),
                     *(_mb(sum(each.sent.get(axis, {}).values())) for axis in axes), _mb(each.sent_bytes),
                 ]
@@ -80,6 +82,15 @@ class Estimate:
                 f"of which {_mb(most.memory['parameters'])} count for each; all ranks on one host"
             ]
         return "\n".join(lines)
+
+    def rows(self, most: int) -> list[tuple[RankEstimate, str]]:
+        """(rank, how it is called), of more than `most` ranks one for all that are alike."""
+        if len(self.ranks) <= most:
+            return [(rank, str(rank.rank)) for rank in self.ranks]
+        alike: dict[str, list[RankEstimate]] = {}
+        for rank in self.ranks:
+            alike.setdefault(f"{rank.memory} {rank.sent}", []).append(rank)
+        return [(r[0], f"{r[0].rank}" + (f" and {len(r) - 1} like it" if r[1:] else "")) for r in alike.values()]
 
     def __str__(self) -> str:
         return self.table()

@@ -17,7 +17,7 @@ KIND_COLORS = {
     "buffers": "#bab0ac",
 }
 AXIS_COLORS = {"pp": "#4c78a8", "dp": "#54a24b", "tp": "#f58518", "all": "#bab0ac"}
-MOST_ROWS = 32  # beyond, ranks that are alike share a row
+MOST_ROWS = 32
 
 
 def picture(estimate: Estimate, path: Path) -> Path:
@@ -28,13 +28,13 @@ def picture(estimate: Estimate, path: Path) -> Path:
 
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"chart {path}: give a name that ends in .png, .svg or .pdf")
-    rows = _rows(estimate)
+    rows = estimate.rows(MOST_ROWS)
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    labels = [label for label, _ in rows]
-    memory = {kind: [rank.memory[kind] / 1e6 for _, rank in rows] for kind in KIND_COLORS}
-    sent = {axis: [sum(rank.sent.get(axis, {}).values()) / 1e6 for _, rank in rows] for axis in AXIS_COLORS}
+    labels = [f"rank {label}  (pp {r.pp_rank}, dp {r.dp_rank}, tp {r.tp_rank})" for r, label in rows]
+    memory = {kind: [rank.memory[kind] / 1e6 for rank, _ in rows] for kind in KIND_COLORS}
+    sent = {axis: [sum(rank.sent.get(axis, {}).values()) / 1e6 for rank, _ in rows] for axis in AXIS_COLORS}
     _bars(left, memory, KIND_COLORS)
     _bars(right, sent, AXIS_COLORS)
     left.set_yticks(range(len(rows)), labels)
@@ -44,15 +44,6 @@ def picture(estimate: Estimate, path: Path) -> Path:
     figure.suptitle(f"{estimate.num_parameters / 1e6:.1f} million parameters, {estimate.plan}", fontsize=10)
     figure.savefig(path, dpi=120)
     return path
-
-
-def _rows(estimate: Estimate) -> list[tuple[str, Any]]:
-    if len(estimate.ranks) <= MOST_ROWS:
-        return [(f"rank {r.rank}  (pp {r.pp_rank}, dp {r.dp_rank}, tp {r.tp_rank})", r) for r in estimate.ranks]
-    alike: dict[str, list[Any]] = {}
-    for rank in estimate.ranks:
-        alike.setdefault(f"{rank.memory} {rank.sent}", []).append(rank)
-    return [(f"rank {r[0].rank}" + (f" and {len(r) - 1} like it" if r[1:] else ""), r[0]) for r in alike.values()]
 
 
 def _bars(axes: Any, values: dict[str, list[float]], colors: dict[str, str]) -> None:

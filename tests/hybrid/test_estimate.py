@@ -29,6 +29,17 @@ def make_batch(batch_size, seq_len):
 def loss_fn(output, targets):
     return (output - targets).square().mean()
 
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(7, 4)
+
+    def forward(self, x):
+        return self.inner(x)
+
+def narrow():
+    return Narrow()
+
 def not_a_model():
     return 3
 
@@ -42,7 +53,7 @@ def on_meta(kind: str, **options) -> nn.Module:
         return make_model(kind, **options)
 
 
-@pytest.mark.parametrize("plan", ["dp=2 zero=3", "pp=2 tp=2 micro_batches=2 schedule=zbv recompute=true"])
+@pytest.mark.parametrize("plan", ["dp=2 zero=3 recompute=true", "pp=2 tp=2 micro_batches=2 schedule=zbv"])
 def test_the_module_needs_no_values_and_stays_as_it_is(plan):
     model = make_model("llama", tied=True, dropout=0.1)
     weights = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -161,6 +172,7 @@ def test_command_with_an_own_model(tmp_path: Path, capsys):
         ("--model OWN", "name the function that makes the model"),
         ("--model OWN:nothing", "has no function 'nothing'"),
         ("--model OWN:not_a_model", "returned int; expected an nn.Module"),
+        ("--model OWN:narrow", "fails in a step under --plan dp=1, as it would in a run: RuntimeError: "),
         ("--model OWN:fails", "fails() raised RuntimeError: no such thing"),
         ("--model nowhere.py:make_model", "there is no file nowhere.py"),
         ("--plan dp=2", "the following arguments are required: --model"),
