@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from pypar.hybrid.dry import DryChannel, DryLosses, Live, one_sequence_per_row, quiet, stand_in, without_values
 from pypar.hybrid.loss import entropy_of
+from pypar.hybrid.parallelize import starts_of
 from pypar.hybrid.plan import Plan
 from pypar.hybrid.recompute import recompute_blocks
 from pypar.hybrid.traffic import Count, Traffic
@@ -38,6 +39,7 @@ class Stage:
     """What the dry step found of one rank of the pipeline.
 
     module      what is left on this rank, without values
+    here        its stages
     activations, gradients
                 bytes at the moment when both are the most together; gradients where they aren't in buckets
     whole_gradients
@@ -49,6 +51,7 @@ class Stage:
 
     module: nn.Module
     cut: Cut | None
+    here: set[int] = field(default_factory=set)
     activations: int = 0
     gradients: int = 0
     whole_gradients: int = 0
@@ -79,8 +82,8 @@ def dry_step(
     the smallest share. Raises ValueError where the module or loss_fn asks for values."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with stand_in(tp_rank, plan.tp) as group, _quiet_generator(), one_sequence_per_row():
-            starts = _starts(module, plan)
+        with stand_in(tp_rank, plan.tp) as group, _quiet_generator(), one_sequence_per_row(), _young():
+            starts = starts_of(module, plan)
             modules = [_cut_for_rank(module, plan, tp_rank, group.group_name, mode) for _ in range(plan.pp)]
             with mode:
                 share = torch.utils._pytree.tree_map_only(torch.Tensor, _empty_like, share)
@@ -126,15 +129,18 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype)
 
 
-def _starts(module: nn.Module, plan: Plan) -> tuple[str, ...]:
-    if plan.pp == 1:
-        return ()
-    schedule = make_schedule(plan.schedule, plan.pp, plan.micro_batches, plan.num_stages)
-    first: dict[int, str] = {}
-    for part in cut(module, schedule.num_stages, plan.split).parts:
-        if part.is_block:
-            first.setdefault(part.stage, part.name)
-    return tuple(first[stage] for stage in range(1, schedule.num_stages))
+@contextmanager
+def _young() -> Iterator[None]:
+    """Within the block the garbage collector looks at what is made there alone: checkpoints leave cycles, and going
+    through all that Python has takes a fraction of a second each time."""
+    if gc.get_freeze_count():  # somebody else keeps it from objects of theirs
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -188,7 +194,7 @@ def _plain(
             loss.backward()
             del loss
             live.claim()
-            gc.collect(1)
+            gc.collect()
     _finish(stage, live, traffic)
     return [stage]
 
@@ -220,7 +226,7 @@ def _pipeline(
                 for parameter in rank.gradients.shared_out(action.stage):
                     parameter.grad = None
         if action.kind in "BW":
-            gc.collect(1)
+            gc.collect()
     for number, rank in enumerate(ranks):
         _finish(rank.stage, rank.live, rank.traffic)
         _rings(rank.stage, number, schedule, slots, channels)
@@ -257,7 +263,7 @@ def _rank(
         link: channel for link, channel in channels.items()
         if rank in (schedule.rank_of(link.stage), schedule.rank_of(link.target))
     }  # fmt: skip
-    stage = Stage(module, pieces)
+    stage = Stage(module, pieces, here)
     how = gradients(stage)
     return _Rank(stage, Engine(stages, queue, mine, copies), tied, how, _prepare(stage, how, kept, tied), Traffic())
 

@@ -13,6 +13,7 @@ from torch import nn
 from pypar.gradients.buckets import ALIGN_BYTES
 from pypar.hybrid.dry_step import GradientsOf, Stage
 from pypar.hybrid.plan import Plan
+from pypar.hybrid.shards import stage_of_unit
 from pypar.hybrid.traffic import Count, all_reduced
 from pypar.zero.partition import Layout, lay_out
 from pypar.zero.reducer import MEMORIES
@@ -129,12 +130,7 @@ def _early(stage: Stage, flats: Sequence[Flat]) -> Iterator[tuple[int, list[nn.P
 
 
 def _stage_of(flat: Flat, stage: Stage) -> int | None:
-    if stage.cut is None or not flat.is_trained:
-        return None
-    for part in stage.cut.parts:
-        if part.is_block and (flat.unit == part.name or flat.unit.startswith(f"{part.name}.")):
-            return part.stage
-    return None
+    return stage_of_unit(flat.unit, stage.cut, stage.here) if stage.cut is not None and flat.is_trained else None
 
 
 def held(stage: Stage, plan: Plan, dp_rank: int, cost: OptimizerCost) -> Held:
