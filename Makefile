@@ -47,6 +47,7 @@ bench: install  ## tables on the terminal, rows and charts in bench/results
 	$(BIN)/python -m bench.bench_zero_step --sizes 16M,164M
 	$(BIN)/python -m bench.bench_hosts_overlap --widths 1024 2048 --rounds 3
 	$(BIN)/python -m bench.bench_zero_memory
+	$(BIN)/python -m bench.bench_estimate
 	$(BIN)/python -m bench.bench_train_pp --model small large --steps 5
 	$(BIN)/python -m bench.bench_ring_send
 

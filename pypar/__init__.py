@@ -3,7 +3,17 @@
 from pypar import ops
 from pypar.data_parallel import DataParallel
 from pypar.errors import PeerError
-from pypar.hybrid import Plan, PlanError, gather_grads, gather_optimizer_state, gather_state, load, parallelize, save
+from pypar.hybrid import (
+    Plan,
+    PlanError,
+    estimate,
+    gather_grads,
+    gather_optimizer_state,
+    gather_state,
+    load,
+    parallelize,
+    save,
+)
 from pypar.mesh import init
 from pypar.model_parallel import ModelParallel
 from pypar.ops import Calibration, calibrate, explain
@@ -34,6 +44,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "Zero",
     "calibrate",
+    "estimate",
     "explain",
     "gather_grads",
     "gather_optimizer_state",

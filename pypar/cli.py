@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "train": ("pypar.trainer.main", "train a language model on this machine's cores, or under torchrun"),
     "verify": ("pypar.verify.cli", "hold a model under a plan against one process: loss, every gradient, every weight"),
     "chart": ("pypar.pipeline_parallel.chart", "draw a pipeline schedule: what each rank runs when, holds and idles"),
+    "estimate": ("pypar.estimate_cli", "memory of every rank and bytes that it sends per step, before a run"),
     "bench": ("pypar.bench_cli", "measure collectives and training steps against gloo and others"),
     "convert": ("pypar.hybrid.convert", "turn a checkpoint into a Hugging Face folder, or the other way round"),
     "doctor": ("pypar.doctor", "print versions, CPU features, transport and which kernel each op will run"),

@@ -72,7 +72,7 @@ def parallelize(
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         assert dist.group.WORLD is not None
         dist._broadcast_coalesced(dist.group.WORLD, tensors, BROADCAST_BYTES, 0)
-    starts = _starts(model, plan)
+    starts = starts_of(model, plan)
     aliases = aliases_of(model)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     if axes.tp_group is not None:
@@ -99,7 +99,7 @@ def _plan(plan: Plan | str | dict[str, Any]) -> Plan:
     return Plan(**plan) if isinstance(plan, dict) else plan
 
 
-def _starts(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+def starts_of(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     """Names of the blocks with which stages 1, 2, ... begin: found on the full model, so that all ranks agree."""
     if plan.pp == 1:
         return ()

@@ -16,13 +16,18 @@ def stage_of_buckets(zero: Zero, cut: Cut, here: set[int]) -> dict[int, list[Any
     step."""
     stages: dict[int, list[Any]] = {part.stage: [] for part in cut.parts}
     for bucket in zero._reducer.buckets:
-        unit = bucket.parameters.unit
-        around = {p.stage for p in cut.parts if p.is_inner and f"{unit}.".startswith(f"{p.name}.")}
-        inside = {p.stage for p in cut.parts if p.block and unit and p.name.startswith(f"{unit}.")}
-        users = (around or inside) & here
-        if len(users) == 1:
-            stages[users.pop()].append(bucket)
+        stage = stage_of_unit(bucket.parameters.unit, cut, here)
+        if stage is not None:
+            stages[stage].append(bucket)
     return stages
+
+
+def stage_of_unit(unit: str, cut: Cut, here: set[int]) -> int | None:
+    """The stage of `here` that alone uses a unit of ZeRO's; None where there isn't one."""
+    around = {p.stage for p in cut.parts if p.is_inner and f"{unit}.".startswith(f"{p.name}.")}
+    inside = {p.stage for p in cut.parts if p.block and unit and p.name.startswith(f"{unit}.")}
+    users = (around or inside) & here
+    return users.pop() if len(users) == 1 else None
 
 
 class ShardsAside:

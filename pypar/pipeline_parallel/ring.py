@@ -149,12 +149,14 @@ class Channel:
         self._received: Any = None
         self._early: dict[int, Any] = {}  # messages that came before they were asked for, by tag
         self.most_bytes = 0  # of a message that was sent
+        self.sent_bytes = 0  # of all tensors so far, without the structure
 
     def send(self, payload: Any, tag: int) -> None:
         """A container of tensors and of what pickle takes. Which of the tensors require a gradient travels along."""
         leaves, spec = pytree.tree_flatten(payload)
         kinds = [leaf.requires_grad if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.sent_bytes += sum(x.nbytes for x in tensors)
         structure = (kinds, spec)
         is_new = structure != self._sent
         if is_new:

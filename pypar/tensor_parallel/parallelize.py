@@ -72,12 +72,33 @@ def tensor_parallel(
     return module
 
 
+def cut_for(
+    module: nn.Module,
+    place: Place,
+    plan: str | dict[str, Any] = "auto",
+    *,
+    sequence_parallel: bool = False,
+    loss_parallel: bool = False,
+) -> None:
+    """As tensor_parallel, for one rank of a group whose others aren't there: nothing is compared with theirs."""
+    base: nn.Module = getattr(module, "get_base_model", lambda: module)()
+    with without_adapters(base):
+        _cut_model(base, place, plan, sequence_parallel, loss_parallel, compare=False)
+    cut_adapters(module)
+
+
 def _cut_model(
-    module: nn.Module, place: Place, plan: str | dict[str, Any], sequence_parallel: bool, loss_parallel: bool
+    module: nn.Module,
+    place: Place,
+    plan: str | dict[str, Any],
+    sequence_parallel: bool,
+    loss_parallel: bool,
+    compare: bool = True,
 ) -> None:
     styles = _with_tied(module, choose(module) if isinstance(plan, str) else resolve(module, plan))
     targets, heads = targets_of(module, styles, place)
-    _check_same_everywhere(module, targets, place)
+    if compare:
+        _check_same_everywhere(module, targets, place)
     tied = _owners(module)
     _check_tied(tied, targets)
     sequence_parallel = sequence_parallel or any(s.sequence for s in styles.values())

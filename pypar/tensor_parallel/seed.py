@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from pypar.ops.library import LIBRARY
 
@@ -27,7 +28,7 @@ def forward_seed(group_name: str) -> tuple[int, bool]:
         return current, True
     drawn = torch.randint(1 << _BITS, (1,), dtype=torch.int64)
     drawn = torch.ops.pypar.broadcast(drawn, 0, group_name)
-    return _OURS | int(drawn), False
+    return _OURS | (0 if is_fake(drawn) else int(drawn)), False  # fake: pypar.estimate, where there are no values
 
 
 def fork_generator(seed: int) -> torch.Tensor:
