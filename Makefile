@@ -50,6 +50,7 @@ bench: install  ## tables on the terminal, rows and charts in bench/results
 	$(BIN)/python -m bench.bench_estimate
 	$(BIN)/python -m bench.bench_train_pp --model small large --steps 5
 	$(BIN)/python -m bench.bench_ring_send
+	$(BIN)/python -m bench.bench_train_hybrid --steps 5
 
 sanitize: install  ## the core under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest tests/native -k sanitizer

@@ -29,16 +29,19 @@ PAGE_BYTES = 1 << 16
 
 
 class Rank:
-    """One rank: a single thread, gloo as the default group, and the barrier. Benches add verify() and measure().
+    """One rank: a single thread, `backend` as the default group, and the barrier. Benches add verify() and measure().
 
     Both take (variant, case, ...) and are called on all ranks at once; see Variant of the harness for what they return.
     """
+
+    backend = "gloo"
 
     def __init__(self, rank: int, world: int, folder: str, page: str):
         self.rank, self.world, self.epoch = rank, world, 0
         torch.set_num_threads(1)
         store = dist.FileStore(str(Path(folder) / "store"), world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT_S))
+        timeout = timedelta(seconds=LIMIT_S)
+        dist.init_process_group(self.backend, store=store, rank=rank, world_size=world, timeout=timeout)
         with open(page, "r+b") as file:
             self.page = mmap.mmap(file.fileno(), PAGE_BYTES)
         self.counters = torch.frombuffer(self.page, dtype=torch.uint8).data_ptr()

@@ -37,7 +37,7 @@ def _no_choice(way: Any) -> str:
 class StepBench:
     """name: of the CSV file. title: what a step is. kind: the ranks. tokens: of a step, all ranks together.
 
-    target(model, way): of the efficiency on 2 ranks. baseline(way): the variant that does the same compute alone.
+    target(model, way): of the efficiency on target_ranks. baseline(way): the variant that does the same compute alone.
     choice(way): what goes into that column. breakdown_steps: profiled steps of each variant after the timing.
     """
 
@@ -49,6 +49,7 @@ class StepBench:
     baseline: Callable[[Any], str] = field(default=lambda way: "none")
     choice: Callable[[Any], str] = _no_choice
     breakdown_steps: int = 0
+    target_ranks: int = 2
 
     def usable(self, ways: Ways, say: Callable[[str], None] = print) -> Ways:
         """Those that this installation has."""
@@ -76,7 +77,7 @@ class StepBench:
 
         def limit(name: str) -> Callable[[int], Limit | None]:
             percent = of(name)(case.nbytes)
-            target = self.target(model_of(case), ways[name]) if case.ranks == 2 else None
+            target = self.target(model_of(case), ways[name]) if case.ranks == self.target_ranks else None
             return lambda nbytes: target if percent is not None and percent <= PLAUSIBLE else None
 
         return [report.Ratio(name, of(name), limit(name)) for name in ways]

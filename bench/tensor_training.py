@@ -56,8 +56,8 @@ def tokens_per_step(case: Case) -> int:
 
 
 def parallelize_with_torch(module: GPT, group: Any, sequence: bool) -> None:
-    """As torchtitan does for a Llama: vocabulary-parallel embedding and head, loss_parallel around the step."""
-    mesh = DeviceMesh.from_group(group, "cpu")
+    """group: a process group, or a mesh of one dim. As torchtitan does for a Llama: vocabulary-parallel embedding and head, loss_parallel around the step."""
+    mesh = group if isinstance(group, DeviceMesh) else DeviceMesh.from_group(group, "cpu")
     seam = Shard(1) if sequence else Replicate()  # of the tensors between attention and MLP
     norm = {"norm1": SequenceParallel(), "norm2": SequenceParallel()} if sequence else {}
     plan = {
@@ -76,7 +76,7 @@ def parallelize_with_torch(module: GPT, group: Any, sequence: bool) -> None:
             "mlp": PrepareModuleInput(input_layouts=seam, desired_input_layouts=Replicate()),
         }
         parallelize_module(block, mesh, norm | inputs | column | row)
-        block.attention.num_heads //= dist.get_world_size(group)
+        block.attention.num_heads //= mesh.size()
 
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
