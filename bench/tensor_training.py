@@ -56,7 +56,8 @@ def tokens_per_step(case: Case) -> int:
 
 
 def parallelize_with_torch(module: GPT, group: Any, sequence: bool) -> None:
-    """group: a process group, or a mesh of one dim. As torchtitan does for a Llama: vocabulary-parallel embedding and head, loss_parallel around the step."""
+    """As torchtitan does for a Llama: vocabulary-parallel embedding and head, loss_parallel around the step. group: a
+    process group, or a mesh of one dim."""
     mesh = group if isinstance(group, DeviceMesh) else DeviceMesh.from_group(group, "cpu")
     seam = Shard(1) if sequence else Replicate()  # of the tensors between attention and MLP
     norm = {"norm1": SequenceParallel(), "norm2": SequenceParallel()} if sequence else {}
