@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pypar.zero.optimizer import ELEMENTWISE
+
 if TYPE_CHECKING:
     from pypar.hybrid.model import HybridModel
-
-ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
 
 
 class HybridOptimizer(torch.optim.Optimizer):
