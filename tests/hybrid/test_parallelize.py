@@ -62,6 +62,19 @@ def test_losses_count_over_the_whole_batch():
     assert not wrong, "\n".join(wrong)
 
 
+def _over_gloo(rank: int, world: int, plans: list[str]) -> list[Run]:
+    settings, batches = Settings(clip=1.0), make_batches(3, 8)
+    return [together(make_model("llama", tied=True), Plan.parse(plan), batches, settings) for plan in plans]
+
+
+def test_without_shared_memory():
+    """ZeRO 3 gathers; a pipeline does so once per step."""
+    plans = ["pp=2 dp=2 zero=3 micro_batches=2 schedule=zbv", "dp=4 zero=3 replicate=2", "dp=2 tp=2 zero=2"]
+    wanted = alone(make_model("llama", tied=True), make_batches(3, 8), Settings(clip=1.0))
+    for plan, found in zip(plans, run_ranks(_over_gloo, 4, plans, backend="gloo")[0], strict=True):
+        assert not differences(found, wanted), (plan, differences(found, wanted)[:3])
+
+
 def _plain_loop(rank: int, world: int, plans: list[str]) -> list[dict[str, torch.Tensor]]:
     found = []
     for plan in plans:
