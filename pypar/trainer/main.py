@@ -61,14 +61,17 @@ def _here(given: dict[str, Any], resume: str | None, debug: bool, out: list[str]
 
 def _as_rank(given: dict[str, Any], resume: str | None, debug: bool) -> None:
     """torchrun started this process: rank 0 prepares for all; each further host builds its own token cache."""
-    from pypar.trainer import cache
+    from pypar.trainer import cache, restarts
     from pypar.trainer.prepare import Job, prepare
-    from pypar.trainer.ranks import was_restarted
     from pypar.trainer.tokens import load_tokens
 
     def agree_on_job(ranks: Ranks) -> Job:
         def first() -> dict[str, Any]:
-            return prepare(given, resume, debug, ranks.world_size, was_restarted()).to_json()
+            again = restarts.earlier(given.get("out"), resume)
+            job = prepare(given, resume, debug, ranks.world_size, again)
+            if again is None:
+                restarts.remember(str(job.config.out))
+            return job.to_json()
 
         job = Job.from_json(ranks.first(first))
 

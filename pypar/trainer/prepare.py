@@ -25,6 +25,7 @@ from pypar.trainer.model import (
 )
 from pypar.trainer.pipeline import check_pipeline
 from pypar.trainer.presets import PRESETS
+from pypar.trainer.restarts import Earlier
 from pypar.trainer.tokens import load_tokens
 
 _PATHS = ("tokenizer", "cache_dir", "out")
@@ -50,18 +51,24 @@ class Job:
 
 
 def prepare(
-    given: dict[str, Any], resume: str | None, debug: bool, world_size: int | None = None, again: bool = False
+    given: dict[str, Any],
+    resume: str | None,
+    debug: bool,
+    world_size: int | None = None,
+    again: Earlier | None = None,
 ) -> Job:
     """Checks all of it, tokenises the data, chooses and makes the output folder. Raises TrainError.
 
     given: the settings of the command line. world_size: of torchrun, which with --tp decides --dp. again: torchrun has
-    restarted the ranks, and the run goes on from its newest checkpoint, if there is one.
+    started the ranks anew, and the run goes on from the newest checkpoint that it has written, if there is one.
     """
     require_extra()
     given = _absolute(given)
-    found = _find_checkpoint(resume, given)
     if again:
-        found = _newest(given, found) or found
+        given["out"] = str(again.out)
+    found = again.newest() if again else None
+    if found is None:
+        found = _find_checkpoint(resume, given)
     state = checkpoint.read_state(found) if found else None
     config = TrainConfig.from_json((state["config"] if state else {}) | given)
     if world_size is not None:
@@ -69,6 +76,8 @@ def prepare(
     check(config, max_ranks=world_size)
     if state:
         _same_run(given, config, state, found)
+        if state["step"] >= config.steps and not again:  # a rank may die behind the last checkpoint, too
+            raise TrainError(f"checkpoint {found} has all of its {config.steps} steps: give more --steps to go on")
     config = dataclasses.replace(config, tokenizer=config.tokenizer or own_tokenizer(config.model))
 
     tokens = load_tokens(config.tokenizer)
@@ -89,7 +98,7 @@ def prepare(
             f"the data is not what checkpoint {found} was trained on ({loaded.meta['num_tokens']} tokens, "
             f"{state['data']['num_tokens']} then): give the same --data, or start a new run with --model {found}"
         )
-    out = _output(config, given.get("out"), found, again)
+    out = _output(config, given.get("out"), found, again is not None)
     return Job(
         dataclasses.replace(config, out=str(out)), model, weights, str(built), str(found) if found else None, debug
     )
@@ -149,16 +158,6 @@ def _find_checkpoint(resume: str | None, given: dict[str, Any]) -> Path | None:
     return found
 
 
-def _newest(given: dict[str, Any], found: Path | None) -> Path | None:
-    """The newest intact checkpoint of the run that was interrupted: of --out, of what --resume named, else of runs/."""
-    run = Path(given["out"]) if given.get("out") else checkpoint.run_of(found) if found else None
-    runs = [run] if run is not None else [p for p in Path("runs").glob("*") if (p / "checkpoints").is_dir()]
-    for each in runs:
-        checkpoint.restore(each)
-    saved = [path.absolute() for each in runs for path in checkpoint.all_of(each) if not checkpoint.problem(path)]
-    return max(saved, key=lambda path: path.stat().st_mtime, default=None)
-
-
 def _same_run(given: dict[str, Any], config: TrainConfig, state: dict[str, Any], found: Path | None) -> None:
     stored = TrainConfig.from_json(state["config"])
     if "model" in given and given["model"] != stored.model:
@@ -177,8 +176,6 @@ def _same_run(given: dict[str, Any], config: TrainConfig, state: dict[str, Any],
                 f"checkpoint {found} was trained with {flag(name)} {getattr(stored, name)}, not {given[name]}: "
                 f"leave out {flag(name)}, or start a new run with --model {found}"
             )
-    if state["step"] >= config.steps:
-        raise TrainError(f"checkpoint {found} has all of its {config.steps} steps: give more --steps to go on")
 
 
 def _check_backend(backend: str | None) -> None:

@@ -18,11 +18,6 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
-def was_restarted() -> bool:
-    """True when torchrun started these ranks anew (--max-restarts) after one of the last ones had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 @dataclass(frozen=True)
 class Ranks:
     """rank and world_size of the job; local ones of this host; the device this rank computes on."""
