@@ -68,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("training")
     _add(group, "seq_len", int, "tokens per sequence")
     _add(group, "batch_size", int, "sequences per step, over all --dp ranks and --accumulate")
-    _add(group, "accumulate", int, "backward passes that a rank splits its share of a batch into")
+    _add(
+        group,
+        "accumulate",
+        int,
+        "backward passes that a rank splits its share of a batch into; with --pp: times --micro-batches",
+    )
     _add(group, "steps", int, "optimizer steps")
     _add(group, "lr", float, "peak learning rate", "X")
     _add(group, "min_lr_ratio", float, "the cosine ends at this share of --lr", "X")

@@ -161,8 +161,15 @@ def as_options(error: PlanError, plan: Plan) -> str:
     words = (word.partition("=") for word in error.cell.split())
     cell = " ".join(f"{flag(name)} {value}" if value else "--tp" if name == "tp" else name for name, _, value in words)
     changes = [] if error.nearest is None else plan.diff(error.nearest).splitlines()
-    advice = " ".join(f"{flag(line.partition(':')[0])} {line.rpartition(' -> ')[2]}" for line in changes)
+    advice = " ".join(_advice(line.partition(":")[0], line.rpartition(" -> ")[2]) for line in changes)
     return f"{cell or error.cell}: {error.why}" + (f": use {advice}" if advice else "")
+
+
+def _advice(name: str, value: str) -> str:
+    """A changed field of a plan; some have no option of their own."""
+    if name in {field.name for field in dataclasses.fields(TrainConfig)}:
+        return f"{flag(name)} {value}"
+    return f"--plan without {name}" if value == "null" else f'--plan "{name}={value}"'
 
 
 def _at_least(config: TrainConfig, name: str, low: int) -> None:

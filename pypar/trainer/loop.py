@@ -53,7 +53,7 @@ class Trainer:
 
     def _parallelize(self) -> tuple[HybridModel, HybridOptimizer]:
         config = self.config
-        plan = config.plan(model.cuts_loss(self.job.model, config.tp))
+        plan = config.plan(model.cuts_loss(self.job.model, config.plan()))
         try:
             return pypar.parallelize(
                 self.module,

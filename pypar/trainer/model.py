@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pypar.hybrid.plan import Plan
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.presets import PRESETS
 
@@ -125,33 +126,33 @@ def create(config: dict[str, Any], weights: str | None) -> nn.Module:
         raise TrainError(f"cannot load the weights in {weights}: {reason(error)}") from error
 
 
-def check_tensor_parallel(name: str, config: dict[str, Any], tp: int, sequence_parallel: bool) -> None:
-    """Raises TrainError when the model can't be cut for tp ranks. name: --model."""
-    if tp == 1:
+def check_tensor_parallel(name: str, config: dict[str, Any], plan: Plan) -> None:
+    """Raises TrainError when the model can't be cut for plan.tp ranks. name: --model."""
+    if plan.tp == 1:
         return
     from pypar.tensor_parallel import check_plan
 
     with torch.device("meta"):
         module = create(config, None)
     try:
-        check_plan(module, tp, sequence_parallel=sequence_parallel)
+        check_plan(module, plan.tp, plan.tp_plan, sequence_parallel=plan.sequence_parallel)
     except ValueError as error:
         why = reason(error, with_type=False)
         for said, option in _AS_OPTIONS.items():
             why = why.replace(said, option)
-        raise TrainError(f"--tp {tp} does not fit --model {name}: {why}") from error
+        raise TrainError(f"--tp {plan.tp} does not fit --model {name}: {why}") from error
 
 
-def cuts_loss(config: dict[str, Any], tp: int) -> bool:
+def cuts_loss(config: dict[str, Any], plan: Plan) -> bool:
     """Whether tensor parallel can leave the logits cut for the loss."""
-    if tp == 1:
+    if plan.tp == 1:
         return False
     from pypar.tensor_parallel import check_plan
 
     with torch.device("meta"):
         module = create(config, None)
     try:
-        check_plan(module, tp, loss_parallel=True)
+        check_plan(module, plan.tp, plan.tp_plan, loss_parallel=True)
     except ValueError:
         return False
     return True

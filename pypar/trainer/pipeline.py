@@ -18,9 +18,10 @@ def check_pipeline(name: str, model: dict[str, Any], config: TrainConfig) -> Non
     if config.pp == 1:
         return
     try:
-        schedule = make_schedule(config.schedule, config.pp, config.micro_batches)
+        plan = config.plan()
+        schedule = make_schedule(plan.schedule, plan.pp, plan.micro_batches, plan.num_stages)
         with torch.device("meta"):
-            cut(create(model, None), schedule.num_stages)
+            cut(create(model, None), schedule.num_stages, plan.split)
     except ValueError as error:
         why = reason(error, with_type=False).replace("schedule '", "--schedule '")
         raise TrainError(f"--pp {config.pp} --schedule {config.schedule}, --model {name}: {why}") from error

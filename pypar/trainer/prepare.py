@@ -86,7 +86,7 @@ def prepare(
     else:
         weights = weights_folder(config.model)
         model = describe(config.model, tokens.vocab_size, tokens.end, config.seq_len, config.dropout)
-    check_tensor_parallel(config.model, model, config.tp, config.sequence_parallel)
+    check_tensor_parallel(config.model, model, config.plan())
     check_pipeline(config.model, model, config)
     _check_backend(config.backend)
     folder = Path(config.cache_dir) if config.cache_dir else cache.default_folder()

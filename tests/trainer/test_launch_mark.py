@@ -87,7 +87,9 @@ def test_a_damaged_checkpoint_is_passed_over(start, tmp_path):
     assert start("a", 1, "--out", "run").resume == str(first)
 
 
-@pytest.mark.parametrize(("file", "restarts_allowed"), [("", "2"), ("/error.json", "2"), ("/l/attempt_0/0/e.json", "0")])
+@pytest.mark.parametrize(
+    ("file", "restarts_allowed"), [("", "2"), ("/error.json", "2"), ("/l/attempt_0/0/e.json", "0")]
+)
 def test_where_nothing_starts_ranks_anew(monkeypatch, file, restarts_allowed, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts_allowed)

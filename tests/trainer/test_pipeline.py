@@ -105,6 +105,8 @@ def test_the_command_line(llama_options):
     [
         (["--pp", "2", "--schedule", "zbx"], "--schedule zbx: there are gpipe"),
         (["--pp", "5"], "5 stages for 4 blocks"),
+        (["--plan", "pp=2 num_stages=8 schedule=interleaved"], "--schedule interleaved, --model"),
+        (["--plan", "pp=2 num_stages=4 schedule=interleaved", "--schedule", "1f1b"], "use --plan without num_stages"),
         (["--pp", "2", "--micro-batches", "0"], "--micro-batches must be at least 1"),
     ],
 )

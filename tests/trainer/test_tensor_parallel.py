@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from pypar.hybrid import Plan
 from pypar.testing import run_ranks
 from pypar.trainer import args, checkpoint, model
 from pypar.trainer.errors import TrainError
@@ -210,8 +211,8 @@ def test_sequence_parallel_that_does_not_fit_names_the_option(monkeypatch):
     monkeypatch.setattr(parallelize, "stacks_of", refuse)
     config = model.describe("llama-tiny", 257, 256, 32, None)
     with pytest.raises(TrainError, match="--sequence-parallel found no list of layers: use --no-sequence-parallel"):
-        model.check_tensor_parallel("llama-tiny", config, 2, True)
-    model.check_tensor_parallel("llama-tiny", config, 2, False)
+        model.check_tensor_parallel("llama-tiny", config, Plan(tp=2, sequence_parallel=True))
+    model.check_tensor_parallel("llama-tiny", config, Plan(tp=2))
 
 
 @pytest.mark.slow
