@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,12 +40,32 @@ def load(name: str) -> tuple[ModuleType, Any]:
     return module, make
 
 
-def make_model(name: str, make: Any) -> nn.Module:
-    """make(), which must give a module. Raises ValueError."""
+@dataclass
+class Made:
+    """What a function that makes a model returned: the model, or (model, batch), or (model, batch, loss_fn)."""
+
+    model: nn.Module
+    batch: Any = None
+    loss_fn: Callable[[Any, Any], Any] | None = None
+
+
+def made(name: str, make: Callable[[], Any]) -> Made:
+    """make() and what it returned. Raises ValueError where that is no model, or make() raises."""
     try:
-        model = make()
+        returned = make()
     except Exception as error:
         raise ValueError(f"{name}: it raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name}: it returned {type(model).__name__}; expected an nn.Module")
-    return model
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    if not 1 <= len(parts) <= 3 or not isinstance(parts[0], nn.Module):
+        what = f"({', '.join(type(part).__name__ for part in parts)})" if parts is returned else type(returned).__name__
+        raise ValueError(
+            f"{name}: it returned {what}; expected an nn.Module, (module, batch) or (module, batch, loss_fn)"
+        )
+    if len(parts) == 3 and parts[2] is not None and not callable(parts[2]):
+        raise ValueError(f"{name}: the loss_fn that it returned is {type(parts[2]).__name__}; expected a function")
+    return Made(*parts)
+
+
+def make_model(name: str, make: Callable[[], Any]) -> nn.Module:
+    """The model of make(). Raises ValueError."""
+    return made(name, make).model

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.presets import PRESETS
@@ -19,9 +23,11 @@ examples:
   pypar verify --model path/to/config.json --plan plan.json --clip 1.0 --accumulate 2
   pypar verify --model my_file.py:make_model --plan "dp=2 zero=3" --float64
 
-my_file.py: make_model() returns the module, the same each time under torch's seed. Where the file has them,
-make_batch(batch_size, seq_len) gives the global batch (default: input_ids and labels, some of them padded) and
-loss_fn(output, batch) the loss (default: the causal language model's).
+my_file.py: make_model() returns the module, or (module, batch), or (module, batch, loss_fn), the same each time under
+torch's seed. Where it returns the module alone: make_batch(batch_size, seq_len) of the file gives the global batch of
+each step (default: input_ids and labels, some of them padded), loss_fn(output, batch) the loss (default: the causal
+language model's).
+Under torchrun the job's own ranks are used: torchrun --nproc-per-node 4 -m pypar verify --model ... --plan "dp=2 tp=2"
 Exit code: 0 all agree, 1 something differs (the table says what, where, on whose shard), 2 wrong input.
 """
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
@@ -54,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=1e-3, metavar="X", help="default 1e-3")
     add("--clip", type=float, metavar="X", help="the largest norm of the gradients")
     add("--freeze", action="append", default=[], metavar="TEXT", help="don't train parameters with this in their name")
+    add("--dropout", type=float, metavar="P", help="every dropout rate of the model; one process then draws the plan's "
+        "random numbers")  # fmt: skip
     add("--float64", action="store_true", help="all in float64, tolerance 1e-10: settles what float32 leaves in doubt")
     add("--rtol", type=float, metavar="X", help="default 1e-5, with --float64 1e-10")
     add("--atol", type=float, metavar="X", help="default 1e-6, with --float64 1e-10")
@@ -78,13 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainError as error:
         print(f"pypar verify: error: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Raises TrainError."""
-    from pypar import Plan, PlanError
+    from pypar import Plan, PlanError, init
     from pypar.testing import RankFailed
     from pypar.verify import verify
+    from pypar.verify.steps import default_options
 
     try:
         path = Path(args.plan)
@@ -93,16 +105,22 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, PlanError) as error:
         raise TrainError(f"--plan {args.plan}: {reason(error, with_type=False)}") from error
     make, batches = _model(args)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        init(timeout=timedelta(seconds=args.timeout))
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    optimizer = getattr(torch.optim, args.optimizer)
     try:
         report = verify(
             make,
             plan,
             batches,
-            optimizer=getattr(torch.optim, args.optimizer),
-            options={"lr": args.lr, **({"eps": 1e-5} if "Ada" in args.optimizer or "Adam" in args.optimizer else {})},
+            optimizer=optimizer,
+            options=default_options(optimizer, args.lr),
+            steps=args.steps,
             clip=args.clip,
             accumulate=args.accumulate,
             freeze=args.freeze,
+            dropout=args.dropout if isinstance(make, str) else None,
             dtype=torch.float64 if args.float64 else None,
             rtol=args.rtol,
             atol=args.atol,
@@ -113,17 +131,27 @@ def run(args: argparse.Namespace) -> int:
     except PlanError as error:
         raise TrainError(f"--plan {args.plan}: {error}") from error
     except ValueError as error:
+        if isinstance(error.__cause__, TrainError):
+            raise error.__cause__ from error
         raise TrainError(f"--model {args.model}: {reason(error, with_type=False)}") from error
     except RankFailed as error:
         causes = {text.strip().splitlines()[-1] for text in error.failures.values()}
         first = sorted(causes, key=lambda text: "PeerError" in text)[0]
         raise TrainError(f"the ranks failed: {first}", 1) from error
-    print(report.to_json() if args.json else "\n" + report.table(args.all))
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if frame.filename == args.model.rpartition(":")[0]]
+        where = (own or frames)[-1]
+        raise TrainError(
+            f"--model {args.model}: {reason(error)} ({where.filename}:{where.lineno}, in {where.name})"
+        ) from error
+    if is_first:
+        print(report.to_json() if args.json else "\n" + report.table(args.all), flush=True)
     return 0 if report.ok else 1
 
 
 class Preset:
-    """Makes a model of Hugging Face from a configuration; can be sent to the ranks."""
+    """Makes a model of Hugging Face from a configuration, to be trained; can be sent to the ranks."""
 
     def __init__(self, config: dict[str, Any], weights: str | None):
         self.config, self.weights = config, weights
@@ -131,29 +159,35 @@ class Preset:
     def __call__(self) -> Any:
         from pypar.trainer.model import create
 
-        return create(self.config, self.weights)
+        return create(self.config, self.weights).train()
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """(what makes it, batches)"""
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(what makes it, batches, or None where they come with the model)"""
     from pypar import user_file
 
     count = args.steps * args.accumulate
     if user_file.is_own(args.model):
         try:
-            module, _ = user_file.load(args.model)
+            module, make = user_file.load(args.model)
+            torch.manual_seed(args.seed)
+            if user_file.made(args.model, make).batch is not None:
+                return args.model, None
         except ValueError as error:
             raise TrainError(f"--model {error}") from error
         make_batch = getattr(module, "make_batch", None)
         if make_batch is not None:
             torch.manual_seed(args.seed)
-            return args.model, [make_batch(args.batch_size, args.seq_len) for _ in range(count)]
+            try:
+                return args.model, [make_batch(args.batch_size, args.seq_len) for _ in range(count)]
+            except Exception as error:
+                raise TrainError(f"--model {args.model}: make_batch raised {reason(error)}") from error
         return args.model, _tokens(args, 64, count)
     from pypar.trainer.model import describe, require_extra, weights_folder
 
     require_extra()
     is_preset = args.model in PRESETS
-    config = describe(args.model, 257 if is_preset else 1, 0, args.seq_len, None)
+    config = describe(args.model, 257 if is_preset else 1, 0, args.seq_len, args.dropout)
     return Preset(config, weights_folder(args.model)), _tokens(args, config["vocab_size"], count)
 
 

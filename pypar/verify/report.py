@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,8 +15,9 @@ from pypar.verify.steps import Run
 
 @dataclass
 class Row:
-    """One tensor. what: "gradient" (of `step`), "weight" or "state". absolute, relative: the largest errors. at: the
-    index of the worst element, of which found and wanted are the values. holders: ranks that hold it."""
+    """One tensor. what: "gradient" (of `step`), "weight" or "state" (`key` of the optimizer's). size: the largest value
+    in one process. absolute, relative: the largest errors, relative to size. at: the index of the worst element, of
+    which found and wanted are the values. holders: ranks that hold it."""
 
     name: str
     what: str
@@ -28,6 +30,12 @@ class Row:
     wanted: float = 0.0
     holders: list[str] = field(default_factory=list)
     note: str = ""
+    key: str = ""
+    size: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return f"{self.key or self.what} of {self.name}"
 
 
 @dataclass
@@ -48,7 +56,7 @@ class Report:
     @property
     def ok(self) -> bool:
         numbers = all(ok for *_, ok in (*self.losses, *self.norms))
-        return numbers and all(row.ok for row in self.rows) and not self.apart
+        return bool(self.losses) and numbers and all(row.ok for row in self.rows) and not self.apart
 
     @property
     def first(self) -> str:
@@ -63,10 +71,11 @@ class Report:
             return f"the gradient of {[row for row in gradients if row.step == early][-1].name}"
         if self.apart:
             return next(iter(self.apart))
-        return f"the {wrong[0].what} of {wrong[0].name}" if wrong else ""
+        return f"the {wrong[0].title}" if wrong else ""
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "ok": self.ok, "first": self.first}, indent=1)
+        """Numbers that JSON has no word for are the texts "nan", "inf" and "-inf"."""
+        return json.dumps(_plain({**asdict(self), "ok": self.ok, "first": self.first}), indent=1, allow_nan=False)
 
     def table(self, every: bool = False) -> str:
         """Losses, then a line per parameter: the largest errors of its gradients and of its weight. every: also of what
@@ -88,7 +97,7 @@ class Report:
             cells = []
             for what in ("gradient", "weight", "state"):
                 mine = [row for row in rows if row.what == what]
-                worst = max(mine, key=lambda row: row.absolute, default=None)
+                worst = max(mine, key=lambda row: (not row.ok, row.absolute), default=None)
                 text = " " * 27 if worst is None else f"{worst.absolute:13.2e} {worst.relative:13.2e}"
                 cells.append(text)
             lines.append(f"{name:{width}}   {'   '.join(cells)}{'' if all(r.ok for r in rows) else '   DIFFERS'}")
@@ -110,8 +119,16 @@ def _where(row: Row) -> str:
     step = f" in step {row.step + 1}" if row.what == "gradient" else ""
     held = f"; held by {', '.join(row.holders)}" if row.holders else ""
     if row.note:
-        return f"{row.what} of {row.name}{step}: {row.note}{held}"
-    return f"{row.what} of {row.name}{step}: {row.found:.8g} at {list(row.at)}, one process {row.wanted:.8g}{held}"
+        return f"{row.title}{step}: {row.note}{held}"
+    return f"{row.title}{step}: {row.found:.8g} at {list(row.at)}, one process {row.wanted:.8g}{held}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare(plan: str, found: Run, wanted: Run, rtol: float, atol: float) -> Report:
@@ -125,11 +142,10 @@ def compare(plan: str, found: Run, wanted: Run, rtol: float, atol: float) -> Rep
     for step, (ours, theirs) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
         rows += _rows("gradient", step, ours, theirs, rtol, atol, found.holders)
     rows += _rows("weight", 0, found.weights, wanted.weights, rtol, atol, found.holders)
-    flat = [{f"{n}": s for n, s in run.states.items()} for run in (found, wanted)]
-    for name, state in flat[1].items():
-        ours = {f"{name}": v for k, v in flat[0].get(name, {}).items() if k == "exp_avg"}
-        theirs = {f"{name}": v for k, v in state.items() if k == "exp_avg"}
-        rows += _rows("state", 0, ours, theirs, rtol, atol, found.holders)
+    keys = dict.fromkeys(key for run in (wanted, found) for state in run.states.values() for key in state)
+    for key in keys:
+        ours, theirs = ({n: s[key] for n, s in run.states.items() if key in s} for run in (found, wanted))
+        rows += _rows("state", 0, ours, theirs, rtol, atol, found.holders, key)
     _check_scale(rows, rtol)
     blocks = [
         name for name, value in wanted.outputs.items()
@@ -143,11 +159,17 @@ def compare(plan: str, found: Run, wanted: Run, rtol: float, atol: float) -> Rep
 
 def _check_scale(rows: list[Row], rtol: float) -> None:
     """A gradient far smaller than the absolute tolerance still has to be right to three digits (at the default), unless
-    it is nothing but rounding beside the others."""
-    gradients = [row for row in rows if row.what == "gradient" and row.relative > 0]
-    largest = max((row.absolute / row.relative for row in gradients), default=0.0)
+    it is nothing but rounding beside the others; an optimizer's state (squares of gradients are smaller still) to two,
+    where the gradients are well above rounding."""
+    gradients = [row for row in rows if row.what == "gradient"]
+    largest = max((row.size for row in gradients), default=0.0)
+    smallest: dict[str, float] = {}  # over the steps
     for row in gradients:
-        if row.relative > 100 * rtol and row.absolute / row.relative > 1e-6 * largest:
+        smallest[row.name] = min(row.size, smallest.get(row.name, row.size))
+        if row.relative > 100 * rtol and row.size > 1e-6 * largest:
+            row.ok = False
+    for row in rows:
+        if row.what == "state" and row.relative > 1000 * rtol and smallest.get(row.name, 0.0) > 1e-4 * largest:
             row.ok = False
 
 
@@ -159,13 +181,15 @@ def _rows(
     rtol: float,
     atol: float,
     holders: dict[str, list[Holder]],
+    key: str = "",
 ) -> list[Row]:
     rows = []
     for name in dict.fromkeys([*theirs, *ours]):
         a, b = ours.get(name), theirs.get(name)
         if a is None or b is None or a.shape != b.shape:
             shapes = ["nothing" if x is None else str(list(x.shape)) for x in (a, b)]
-            row = Row(name, what, step, False, float("inf"), float("inf"), note=f"{shapes[0]}, one process {shapes[1]}")
+            note = f"{shapes[0]}, one process {shapes[1]}"
+            row = Row(name, what, step, False, float("inf"), float("inf"), note=note, key=key)
             row.holders = [_named(holder) for holder in holders.get(name, ())]
             rows.append(row)
             continue
@@ -180,9 +204,9 @@ def _rows(
         row = Row(
             name, what, step, not bool((over > 0).any()), float(error.max()),
             float(error.max()) / size if size else 0.0, at, float(x.flatten()[worst]), float(y.flatten()[worst]),
+            key=key, size=size,
         )  # fmt: skip
-        if not row.ok:
-            row.holders = [_named(h) for h in holders.get(name, ()) if h.has(at)]
+        row.holders = [_named(h) for h in holders.get(name, ()) if not at or h.has(at)]
         rows.append(row)
     return rows
 

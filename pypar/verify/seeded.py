@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,19 +14,35 @@ from pypar.hybrid.model import seeded as seeded_at
 from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.batch import Caller, Losses, cut_batch, size_of
 from pypar.tensor_parallel import tensor_parallel
-from pypar.verify.steps import Run, Settings
+from pypar.verify.steps import Run, Settings, states_of
 
 _FLOATS = ("dropout", "pdrop", "dropout_p", "dropout_prob")
 
 
+def _rates(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """(module, name, value) of the attributes that are a probability of dropping something out."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_rate = name.endswith(_FLOATS) and not name.startswith("_")
+            is_rate = is_rate or (name == "p" and "Drop" in type(module).__name__)
+            if is_rate and isinstance(value, (int, float)) and not isinstance(value, bool):
+                yield module, name, value
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether a module has a probability of dropping something out."""
-    for module in model.modules():
-        for name, value in (*vars(module).items(), ("dropout", getattr(module, "p", 0))):
-            is_name = name.endswith(_FLOATS) and not name.startswith("_")
-            if is_name and isinstance(value, float) and value > 0 and (name != "p" or "Drop" in type(module).__name__):
-                return True
-    return False
+    return any(value > 0 for _, _, value in _rates(model))
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Every rate of dropout in the model. Raises ValueError where it has none, and for one that is not in [0, 1)."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"a dropout of {rate:g} is not in [0, 1)")
+    found = list(_rates(model))
+    if not found:
+        raise ValueError("the model has no dropout to set")
+    for module, name, _ in found:
+        setattr(module, name, float(rate))
 
 
 def seeded(model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Settings) -> Run:
@@ -64,7 +80,7 @@ def seeded(model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Setti
         optimizer.step()
         optimizer.zero_grad()
     run.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    run.states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in named if p in optimizer.state}
+    run.states = states_of(optimizer, named)
     return run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,16 @@ class Settings:
     loss_fn: LossFn | None = None
 
 
+def default_options(optimizer: Callable[..., torch.optim.Optimizer], lr: float = 1e-3) -> dict[str, Any]:
+    """lr, and where the optimizer has one an eps of 1e-5, so that gradients which are nothing but rounding don't become
+    steps."""
+    return {"lr": lr, **({"eps": 1e-5} if "eps" in inspect.signature(optimizer).parameters else {})}
+
+
+class DrawsRandomError(Exception):
+    """A model drew random numbers where it was to be the reference of ranks, which draw others."""
+
+
 @dataclass
 class Run:
     """losses, norms: per step (norms where gradients are clipped). gradients: per step, before clipping. weights and
@@ -58,7 +69,9 @@ class Run:
 def alone(
     model: nn.Module, batches: Sequence[Any], settings: Settings, say: Callable[[str], None] | None = None
 ) -> Run:
-    """In this process, with torch alone: each batch whole. batches: `accumulate` per step of the optimizer."""
+    """In this process, with torch alone: each batch whole. batches: `accumulate` per step of the optimizer.
+
+    Raises DrawsRandomError after a forward that drew from torch's default generator."""
     run = Run()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = settings.optimizer([p for _, p in named], **settings.options)
@@ -67,8 +80,11 @@ def alone(
         loss = 0.0
         for batch in batches[first : first + settings.accumulate]:
             losses = Losses.of(batch, settings.loss_fn)
+            drawn = torch.get_rng_state()
             with outputs.watching(first == 0 and not outputs.found):
                 share = losses.add(call(batch), batch)
+            if not torch.equal(drawn, torch.get_rng_state()):
+                raise DrawsRandomError("the model draws random numbers in its forward")
             (share / losses.count if losses.is_sum else share).backward()
             loss = losses.mean
         run.losses.append(loss)
@@ -81,9 +97,15 @@ def alone(
         if say is not None:
             say(f"one process, step {step + 1}: loss {loss:.6f}")
     run.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    run.states = {n: {k: v.clone() for k, v in optimizer.state[p].items()} for n, p in named if p in optimizer.state}
+    run.states = states_of(optimizer, named)
     run.outputs = outputs.found
     return run
+
+
+def states_of(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Tensors]:
+    """{name of a parameter: {key: copy of the state}}, tensors alone."""
+    states = {n: optimizer.state[p] for n, p in named if optimizer.state.get(p)}
+    return {n: {k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for n, s in states.items()}
 
 
 def together(

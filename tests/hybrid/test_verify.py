@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 import types
 from typing import Any
 
@@ -16,6 +20,7 @@ import pypar
 from pypar.cli import main
 from pypar.hybrid import PlanError
 from pypar.testing import run_ranks
+from pypar.verify.report import compare
 from pypar.verify.steps import Settings, alone
 
 UP = "blocks.2.mlp.up_proj.weight"
@@ -41,9 +46,36 @@ def gpt2_with_dropout() -> nn.Module:
     return make_model("gpt2", dropout=0.2)
 
 
+class Hidden(nn.Module):
+    """Draws random numbers that no attribute tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.linear(x), 0.3, self.training)
+
+
+def with_everything() -> tuple[nn.Module, Any, Any]:
+    x = torch.randn(7, 6)
+    model = nn.Sequential(*(Hidden() for _ in range(4)))
+    return model, (x, torch.sin(x)), lambda output, targets: (((output - targets) ** 2).sum(), targets.numel())
+
+
 def another_each_time() -> nn.Module:
     torch.seed()
     return nn.Linear(4, 4)
+
+
+def another_buffer_each_time() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.register_buffer("offset", torch.tensor(float(torch.seed() % 1000)))
+    return model
+
+
+def not_a_model() -> int:
+    return 3
 
 
 def no_reduction(model: Any, _optimizer: Any) -> None:
@@ -110,6 +142,23 @@ def skips_a_block(model: Any, _optimizer: Any) -> None:
     part.module.forward = types.MethodType(skips, part.module)
 
 
+def momentum_not_kept(_model: Any, optimizer: Any) -> None:
+    """After the last step one weight's momentum is another; the weights are right."""
+    inner = getattr(optimizer, "inner", optimizer)
+    index = [name for name, _ in _model.module.named_parameters()].index(UP)
+    parameter = [p for group in inner.param_groups for p in group["params"]][index]
+    step, steps = inner.step, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        steps.append(result)
+        if len(steps) == 3 and dist.get_rank() == 0:
+            inner.state[parameter]["momentum_buffer"].mul_(1.1)
+        return result
+
+    inner.step = counted
+
+
 @pytest.mark.parametrize("plan", ["pp=2 dp=2 zero=2 schedule=zbh1 micro_batches=2", "dp=2 tp=2 zero=3 micro_batches=2"])
 def test_a_right_model_agrees(plan: str):
     report = pypar.verify(llama, plan, make_batches(1, 7)[0], clip=1.0, accumulate=2, freeze=["layers.1.mlp"])
@@ -163,6 +212,51 @@ def test_a_planted_fault_is_found_and_located(make: Any, plan: str, fault: Any, 
         assert each in text, text
 
 
+def test_every_state_of_the_optimizer_is_compared():
+    options = {"lr": 1e-2, "momentum": 0.9}
+    sgd: dict[str, Any] = {"optimizer": torch.optim.SGD, "options": options}
+    assert pypar.verify(own, "dp=2 zero=1", make_batches(1, 8)[0], **sgd).ok
+    report = pypar.verify(own, "dp=2", make_batches(1, 8)[0], **sgd, tamper=momentum_not_kept)
+    assert [row.title for row in report.rows if not row.ok] == [f"momentum_buffer of {UP}"], report.table()
+    assert report.first == f"the momentum_buffer of {UP}"
+    assert "held by rank 0 (pp 0/1 dp 0/2" in report.table()
+
+
+def test_a_small_state_counts_and_a_nan_is_json():
+    """Squares of gradients are far below the absolute tolerance."""
+    wanted = alone(make_model("own"), make_batches(3, 7), Settings())
+    assert compare("", wanted, wanted, 1e-5, 1e-6).ok
+    squares = {n: {k: v * (2 if k == "exp_avg_sq" else 1) for k, v in s.items()} for n, s in wanted.states.items()}
+    report = compare("", dataclasses.replace(wanted, states=squares), wanted, 1e-5, 1e-6)
+    wrong = {row.name for row in report.rows if not row.ok}
+    assert {row.key for row in report.rows if not row.ok} == {"exp_avg_sq"} and UP in wrong
+    less = {n: {k: v for k, v in s.items() if k != "exp_avg_sq"} for n, s in wanted.states.items()}
+    report = compare("", dataclasses.replace(wanted, states=less), wanted, 1e-5, 1e-6)
+    assert "exp_avg_sq of embed.weight: nothing, one process [97, 24]" in report.table()
+    nan = dataclasses.replace(wanted, losses=[float("nan"), *wanted.losses[1:]])
+    report = compare("", nan, wanted, 1e-5, 1e-6)
+    assert not report.ok and json.loads(report.to_json())["losses"][0][1] == "nan"
+    assert not compare("", type(wanted)(), type(wanted)(), 1e-5, 1e-6).ok, "nothing was run"
+
+
+def test_batch_and_loss_come_with_the_model_and_hidden_dropout_is_seen():
+    said: list[str] = []
+    report = pypar.verify(with_everything, "pp=2 micro_batches=2", say=said.append)
+    assert report.ok, report.table()
+    assert "the model draws random numbers: one process draws those of the plan" in said
+
+
+def test_a_rate_for_every_dropout():
+    batch = make_batches(1, 7)[0]
+    report = pypar.verify(own, "dp=2", batch, dropout=0.2)
+    assert report.ok, report.table()
+    assert abs(pypar.verify(own, "dp=2", batch).losses[0][1] - report.losses[0][1]) > 1e-4
+    with pytest.raises(ValueError, match="no dropout to set"):
+        pypar.verify(another_each_time, "dp=2", batch, dropout=0.2)
+    with pytest.raises(ValueError, match=r"1\.5 is not in"):
+        pypar.verify(own, "dp=2", batch, dropout=1.5)
+
+
 def _here(rank: int, world: int) -> tuple[bool, int]:
     report = pypar.verify(own, "dp=2", make_batches(1, 8)[0])
     return report.ok, len(report.rows)
@@ -173,9 +267,41 @@ def test_within_a_job_its_ranks_are_used():
     assert first == second and first[0] and first[1] > 100
 
 
-def test_what_can_not_be_compared():
-    with pytest.raises(ValueError, match="another one each time that it is made"):
-        pypar.verify(another_each_time, "dp=2", make_batches(1, 8)[0])
+def _here_with_dropout(rank: int, world: int) -> list[str]:
+    said = []
+    for make in (with_dropout, with_everything):
+        with pytest.raises(ValueError, match="needs a reference of its own") as error:
+            pypar.verify(make, "dp=2", make_batches(1, 8)[0] if make is with_dropout else None)
+        said.append(str(error.value))
+    return said
+
+
+def test_dropout_within_a_job_is_refused_on_every_rank():
+    assert len(run_ranks(_here_with_dropout, 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "says"),
+    [
+        (another_each_time, {}, r"another one each time that it is made \(weight\)"),
+        (another_buffer_each_time, {}, r"another one each time that it is made \(offset\)"),
+        (not_a_model, {}, "not_a_model: it returned int; expected an nn.Module"),
+        (lambda: own(), {}, "model_fn can't be sent to the ranks"),
+        (own, {"loss_fn": lambda output, batch: output.sum()}, "loss_fn can't be sent to the ranks"),
+        (own, {"freeze": ["atention"]}, "no parameter has 'atention' in its name"),
+        (own, {"freeze": ["weight", "bias"]}, "no parameter that is trained: freeze less"),
+        (own, {"batch": []}, "a list of 0 batches, but 3 steps of 1 need 3"),
+        (own, {"batch": make_batches(4, 8), "accumulate": 3}, "a list of 4 batches, but 3 steps of 3 need 9"),
+        (own, {"steps": 0}, "steps=0, accumulate=1: 1 or more each"),
+        (own, {"batch": None}, "no batch: give one"),
+    ],
+)
+def test_what_can_not_be_compared(make: Any, given: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        pypar.verify(make, "dp=2", **{"batch": make_batches(1, 8)[0], **given})
+
+
+def test_an_illegal_plan():
     with pytest.raises(PlanError, match="8 stages for 4 blocks"):
         pypar.verify(own, "pp=8 micro_batches=8", make_batches(1, 8)[0])
 
@@ -193,6 +319,13 @@ def make_batch(batch_size, seq_len):
 
 def loss_fn(output, targets):
     return ((output - targets) ** 2).sum(), targets.numel()
+
+def with_batch():
+    x = torch.randn(7, 6)
+    return make_model(), (x, torch.cos(x)), lambda output, targets: ((output - targets) ** 2).mean()
+
+def too_wide():
+    return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
 """
 
 
@@ -212,6 +345,31 @@ def test_the_command_on_a_file_of_mine(tmp_path, capfd):
     assert main(command) == 1
     report = json.loads(capfd.readouterr().out)
     assert report["ok"] is False and report["first"]
+    command = ["verify", "--model", f"{file}:with_batch", "--plan", "dp=2 zero=2", "--steps", "2", "--freeze", "1.0"]
+    assert main(command) == 0
+    assert "all as in one process" in capfd.readouterr().out
+    for function, more, says in (
+        ("too_wide", [], "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("nothing", [], "has no function 'nothing'"),
+        ("make_model", ["--dropout", "0.1"], "no dropout to set"),
+        ("make_model", ["--freeze", "typo"], "no parameter has 'typo' in its name"),
+    ):
+        assert main(["verify", "--model", f"{file}:{function}", "--plan", "dp=2", *more]) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("pypar verify: error: ") and says in error, error
+
+
+def test_the_command_under_torchrun_uses_its_ranks(tmp_path):
+    """One report, of the job's ranks, not one of each."""
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pypar"]
+    command = [*launch, "verify", "--model", f"{file}:make_model", "--plan", "dp=2", "--steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all as in one process") == 1
+    assert done.stdout.count("2 ranks, step 1: loss") == 1
 
 
 @pytest.mark.parametrize(
