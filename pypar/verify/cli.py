@@ -28,7 +28,7 @@ torch's seed. Where it returns the module alone: make_batch(batch_size, seq_len)
 each step (default: input_ids and labels, some of them padded), loss_fn(output, batch) the loss (default: the causal
 language model's).
 Under torchrun the job's own ranks are used: torchrun --nproc-per-node 4 -m pypar verify --model ... --plan "dp=2 tp=2"
-Exit code: 0 all agree, 1 something differs (the table says what, where, on whose shard) or a rank failed, 2 wrong input.
+Exit code: 0 all agree, 1 something differs (the table says what, where, on whose shard), a rank failed, 2 wrong input.
 """
 OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
