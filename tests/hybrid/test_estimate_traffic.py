@@ -16,17 +16,18 @@ from pypar.testing import run_ranks
 
 # (plan, kind of model, settings of it, samples)
 Case = tuple[str, str, dict[str, Any], int]
+DROPOUT = {"dropout": 0.1}
 CASES: list[Case] = [
-    ("dp=4", "gpt2", {"dropout": 0.1}, 8),
+    ("dp=4", "gpt2", DROPOUT, 8),
     ("tp=4 sequence_parallel=true", "llama", {"vocab": 99}, 9),
     ("pp=4 micro_batches=8", "own", {"tied": True}, 9),
     ("dp=4 zero=1 micro_batches=2", "llama", {"frozen": True}, 11),
     ("dp=2 tp=2 zero=3 micro_batches=2", "own", {"tied": True}, 9),
     ("dp=4 zero=2 replicate=2", "gpt2", {"tied": True}, 8),
-    ("pp=2 tp=2 schedule=zbh1 micro_batches=4 loss_parallel=true", "gpt2", {"dropout": 0.1}, 8),
+    ("pp=2 tp=2 schedule=zbh1 micro_batches=4 loss_parallel=true", "gpt2", DROPOUT, 8),
     ("pp=2 dp=2 zero=2 schedule=zbv micro_batches=4 split=balanced", "own", {"tied": True}, 9),
     ("pp=2 dp=2 zero=3 precision=bfloat16 micro_batches=2 reduce=once", "llama", {"tied": True}, 8),
-    ("pp=2 tp=2 schedule=dualpipev micro_batches=4 sequence_parallel=true recompute=true", "gpt2", {}, 8),
+    ("pp=2 tp=2 schedule=dualpipev micro_batches=4 sequence_parallel=true recompute=true", "gpt2", DROPOUT, 32),
     ("dp=2 tp=2 recompute=true order=tp+dp+pp", "llama", {"heads": 6, "dropout": 0.1}, 7),
     ("pp=2 dp=2 schedule=interleaved micro_batches=4", "gpt2", {"tied": True, "frozen": True}, 8),
 ]  # fmt: skip
