@@ -148,19 +148,22 @@ void ProcessGroup::monitoredBarrier(const c10d::BarrierOptions& options, bool wa
 // Every rank tells rank 0 that it is there, and waits for its answer. Only rank 0 has a deadline of its own, so that
 // the one that times out is the one that knows who is missing. A failed monitored barrier does not end the group.
 void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int64_t tag) {
-  auto message = [&](bool is_send, int peer, Answer& answer, Deadline until) {
+  // The operation keeps its memory: one that was posted outlives a barrier that ends early with an error.
+  auto message = [&](bool is_send, int peer, const std::shared_ptr<Answer>& answer, Deadline until) {
     auto op = std::make_shared<RingOp>();
     op->is_send = is_send;
     op->peer = peer;
     op->tag = tag;
-    op->data = reinterpret_cast<std::byte*>(&answer);
-    op->bytes = sizeof answer;
+    op->data = reinterpret_cast<std::byte*>(answer.get());
+    op->bytes = sizeof *answer;
     op->deadline = until;
+    op->on_done = [answer](std::exception_ptr) {
+    };
     rings_->post(op);
     return op;
   };
   if (rank_ != 0) {
-    Answer here{1}, answer{0};
+    const auto here = std::make_shared<Answer>(Answer{1}), answer = std::make_shared<Answer>(Answer{0});
     std::string why = "rank 0 reported ranks that did not come";
     try {
       rings_->wait(message(true, 0, here, deadline(c10d::kUnsetTimeout)));
@@ -168,7 +171,7 @@ void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int
     } catch (const PeerError& error) {
       why = error.what();
     }
-    if (answer.ok == 1) return;
+    if (answer->ok == 1) return;
     throw PeerError("Rank " + std::to_string(rank_) +
                     " successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank "
                     "0. Please check rank 0 logs for faulty rank.\n Original exception: \n" +
@@ -177,9 +180,8 @@ void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int
   const auto until =
       Deadline{now_ns() + static_cast<uint64_t>(timeout.count()) * 1'000'000, static_cast<uint64_t>(timeout.count())};
   const std::string in_time = " failed to pass monitoredBarrier in " + std::to_string(timeout.count()) + " ms";
-  std::vector<Answer> arrivals(static_cast<size_t>(size_));
   std::vector<std::shared_ptr<RingOp>> ops(static_cast<size_t>(size_));
-  for (int r = 1; r < size_; ++r) ops[static_cast<size_t>(r)] = message(false, r, arrivals[static_cast<size_t>(r)], {});
+  for (int r = 1; r < size_; ++r) ops[static_cast<size_t>(r)] = message(false, r, std::make_shared<Answer>(), {});
   std::vector<int> missing;
   std::string error;
   bool timed_out_first = timeout.count() <= 0;
@@ -205,15 +207,7 @@ void ProcessGroup::barrier_arrive(Milliseconds timeout, bool wait_all_ranks, int
   auto answer = std::make_shared<Answer>(Answer{error.empty() ? 1 : 0});
   for (int r = 1; r < size_ && !communicator_->aborted(); ++r) {  // also to those that did not come: they will
     if (rings_->try_send(r, tag, answer.get(), sizeof *answer, DType::bytes)) continue;
-    auto op = std::make_shared<RingOp>();
-    op->is_send = true;
-    op->peer = r;
-    op->tag = tag;
-    op->data = reinterpret_cast<std::byte*>(answer.get());
-    op->bytes = sizeof *answer;
-    op->on_done = [answer](std::exception_ptr) {
-    };
-    rings_->post(op);
+    message(true, r, answer, {});
   }
   if (!error.empty()) throw PeerError(error);
 }
