@@ -170,8 +170,8 @@ class HybridRank(StepRank):
         return whole(loss.detach())
 
     def verify(self, variant: str, case: Case) -> str:
-        """Of pypar's ways loss and every gradient, on rank 0 against one process with the same weights; of torch's the
-        loss, and that gradients are there and finite; of the baselines the latter."""
+        """Of pypar's ways loss and every gradient, on rank 0 against one process with the same weights; of the others
+        that gradients are there and finite."""
         built, way = self.of(variant, case), self.ways[variant]
         wrong = ""
         if way.kind == "pypar":

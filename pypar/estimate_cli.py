@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from pypar import user_file
+from pypar.options import OPTIMIZERS, Parser, plan_of, positive
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.presets import PRESETS
 
@@ -26,21 +27,13 @@ my_file.py: make_model() returns the module. Where the file has them, make_batch
 batch (default: input_ids and labels) and loss_fn(output, batch) the loss (default: the causal language model's).
 Nothing is downloaded, no weights are read, no ranks are started. docs/estimate.md says what is counted.
 """
-OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TrainError(f"{message} (see pypar estimate --help)")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = Parser(
         prog="pypar estimate",
         description="Bytes that each rank of a plan holds, by kind, and sends per step, by axis.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     top.add_argument(
         "--model",
@@ -48,20 +41,14 @@ def parser() -> argparse.ArgumentParser:
         help=f"{', '.join(PRESETS)}, a Hugging Face config.json, the folder of a saved model, or FILE.py:FUNCTION",
     )
     top.add_argument("--plan", default="dp=1", help='"pp=2 dp=2 zero=3", or a file of JSON; default one rank')
-    top.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="samples, over all ranks; default 8")
-    top.add_argument("--seq-len", type=_positive, default=512, metavar="N", help="tokens of a sample; default 512")
-    top.add_argument("--vocab-size", type=_positive, default=257, metavar="N", help="of a preset; default 257: bytes")
+    top.add_argument("--batch-size", type=positive, default=8, metavar="N", help="samples, over all ranks; default 8")
+    top.add_argument("--seq-len", type=positive, default=512, metavar="N", help="tokens of a sample; default 512")
+    top.add_argument("--vocab-size", type=positive, default=257, metavar="N", help="of a preset; default 257: bytes")
     top.add_argument("--optimizer", default="AdamW", choices=OPTIMIZERS, metavar="NAME",
                      help=f"{', '.join(OPTIMIZERS)}; default AdamW")  # fmt: skip
     top.add_argument("--chart", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
     top.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of the table, in MB")
     return top
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,16 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> str:
     """What is to be printed. Raises TrainError."""
-    from pypar import Plan, PlanError, estimate
+    from pypar import PlanError, estimate
 
     if args.chart is not None and args.chart.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise TrainError(f"--chart {args.chart}: give a name that ends in .png, .svg or .pdf")
-    try:
-        path = Path(args.plan)
-        plan = Plan.from_json(path.read_text()) if path.suffix == ".json" else Plan.parse(args.plan)
-        plan.check()
-    except (OSError, PlanError) as error:
-        raise TrainError(f"--plan {args.plan}: {reason(error, with_type=False)}") from error
+    plan = plan_of(args.plan)
     module, batch, loss_fn = _model(args)
     try:
         found = estimate(module, plan, batch, optimizer=getattr(torch.optim, args.optimizer), loss_fn=loss_fn)

@@ -117,8 +117,8 @@ def _runs(blocks: list[Part], split: str | Sequence[str] | Sequence[int]) -> lis
             runs.append([block])
             continue
         run: list[Part] = []
-        for part in parts:
-            if run and run[-1].cost > 0 and any(p.cost > 0 for p in parts[parts.index(part) :]):
+        for number, part in enumerate(parts):
+            if run and run[-1].cost > 0 and any(p.cost > 0 for p in parts[number:]):
                 runs.append(run)
                 run = []
             run.append(part)

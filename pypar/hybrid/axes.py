@@ -34,8 +34,7 @@ class Axes:
 
     @classmethod
     def of(cls, plan: Plan, device_type: str) -> Axes:
-        """A collective call of all ranks of the job, whose number is the plan's. Groups are made for axes alone that
-        have several ranks and aren't the whole world."""
+        """A collective call of all ranks of the job, whose number is the plan's."""
         sizes: dict[str, int] = {}
         for axis in plan.order:
             if axis == "dp" and plan.replicate > 1:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pypar.hybrid.dry_step import Stage, dry_step, shapes_of
 from pypar.hybrid.holdings import CONTROL, OptimizerCost, buffer_bytes, gradients_of, held, sent
 from pypar.hybrid.plan import Plan, PlanError
 from pypar.hybrid.traffic import Count
-from pypar.pipeline_parallel.batch import LossFn, size_of
+from pypar.pipeline_parallel.batch import LossFn, cut_batch, size_of
 
 MOST_ROWS = 32  # of a table or a chart
 KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers")
@@ -140,13 +139,13 @@ def estimate(
     Raises PlanError as pypar.parallelize; ValueError for a batch that has too few samples, or where the module or
     loss_fn looks at values.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else Plan(**plan) if isinstance(plan, dict) else plan
+    plan = Plan.of(plan)
     plan.check(None, module)
     batch = _batch(batch)
     samples = size_of(batch)
     if samples < plan.dp:
         raise ValueError(f"a batch of {samples} samples for dp={plan.dp}: every rank of that axis needs one at least")
-    shares = [_share(batch, plan.dp, rank) for rank in range(plan.dp)]
+    shares = cut_batch(batch, plan.dp)
     least = size_of(shares[-1])
     dry = _Dry(module, plan, shares, loss_fn, least)
     made = OptimizerCost.of(optimizer, settings, _step_type(module, plan))
@@ -217,10 +216,6 @@ def _batch(batch: Any) -> Any:
         ids = torch.empty(samples, tokens, dtype=torch.int64, device="meta")
         return {"input_ids": ids, "labels": ids}
     return batch
-
-
-def _share(batch: Any, dp: int, rank: int) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda x: x.tensor_split(dp)[rank] if x.dim() else x, batch)
 
 
 def _mb(num_bytes: float) -> str:

@@ -24,8 +24,7 @@ CONTROL = "all"  # what all ranks tell each other
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """bytes_per_element of state, and bytes_per_parameter beside, as a rank's optimizer keeps them; peak_elements: the
-    temporary tensors of a step, each of the largest parameter."""
+    """bytes_per_element of state, and bytes_per_parameter beside, as a rank's optimizer keeps them."""
 
     bytes_per_element: float
     bytes_per_parameter: int

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pypar.data_parallel import DataParallel
 from pypar.gradients.buckets import set_aside
@@ -58,7 +57,7 @@ class HybridModel(nn.Module):
         self._call = Caller(module, self.forward)
         double = any(p.dtype == torch.float64 for p in module.parameters())
         self._dtype = torch.float64 if double else torch.float32  # of losses
-        self._is_sum: bool | None = None  # loss_fn returns (sum, count), as far as is known
+        self._is_sum: bool | None = None  # in a pipeline: loss_fn returns (sum, count), as far as is known
         self._by_stage: dict[int, list[Any]] = {}
         if pipeline is not None and isinstance(data, Zero) and data.stage > 1 and plan.reduce != "once":
             self._by_stage = stage_of_buckets(data, pipeline.cut, set(pipeline.stages_here))
@@ -80,12 +79,7 @@ class HybridModel(nn.Module):
     def local_batch(self, batch: Any) -> Any:
         """This rank's share of a global batch: of every tensor that has dims, its part of dim 0; the first shares are
         larger where they can't be equal."""
-
-        def of(leaf: Any) -> Any:
-            has_rows = isinstance(leaf, torch.Tensor) and leaf.dim()
-            return leaf.tensor_split(self.axes.dp)[self.axes.dp_rank] if has_rows else leaf
-
-        return pytree.tree_map(of, batch)
+        return cut_batch(batch, self.axes.dp)[self.axes.dp_rank]
 
     def train_step(self, batch: Any, loss_fn: LossFn | None = None) -> torch.Tensor:
         """Forward and backward of this rank's share of the batch, in micro-batches; the mean loss over the global
@@ -144,13 +138,11 @@ class HybridModel(nn.Module):
         try:
             return run()
         except BaseException as error:
-            notes = "; ".join(getattr(error, "__notes__", []))
-            where = f" ({notes})" if notes else ""
-            reason = f"rank {dist.get_rank()} ({self.axes}) raised {type(error).__name__}: {error}{where}"
-            groups = [self.axes.pp_group, self.axes.tp_group, self.axes.dp_group, self.axes.shard_group]
-            for group in dict.fromkeys([*groups, self.axes.replicate_group, dist.group.WORLD]):
+            axes = self.axes
+            groups = [axes.pp_group, axes.tp_group, axes.dp_group, axes.shard_group, axes.replicate_group]
+            for group in dict.fromkeys([*groups, dist.group.WORLD]):
                 if group is not None:
-                    abort(group, reason)
+                    abort(group, f"rank {dist.get_rank()} ({axes})", error)
             raise
 
     # -- steps -----------------------------------------------------------------------------------------------------
@@ -192,8 +184,8 @@ class HybridModel(nn.Module):
                 if losses.is_sum and index == 0:
                     aside = self._set_aside()
                 if is_last:
-                    mean, scale, self._is_sum = self._all(losses)
-                    if scale != 1.0:
+                    mean, scale, _ = self._all(losses)
+                    if losses.is_sum:
                         self._scale_local(scale, aside)
                         loss = loss * scale
                 loss.backward()

@@ -8,39 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pypar.zero.optimizer import ELEMENTWISE
+from pypar.zero.optimizer import ELEMENTWISE, OptimizerAround
 
 if TYPE_CHECKING:
     from pypar.hybrid.model import HybridModel
 
 
-class HybridOptimizer(torch.optim.Optimizer):
+class HybridOptimizer(OptimizerAround):
     """What pypar.parallelize returns: param_groups, state and defaults are those of `inner`, so that schedulers work.
 
     inner: a torch optimizer over this rank's parameters, or with ZeRO over its pieces (pypar.zero.ShardedOptimizer).
     """
 
     def __init__(self, model: HybridModel, inner: torch.optim.Optimizer):
-        # Not the base class's: what it would set up is the inner optimizer's.
         self.model, self.inner = model, inner
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Collective with ZeRO, which leaves a step out, on every rank, where a gradient on any is not finite."""
         return self.model.guarded(lambda: self.inner.step(closure))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of all parameters, those that no group has as well."""
         self.inner.zero_grad(set_to_none)
         self.model.forget_gradients()
 

@@ -54,7 +54,7 @@ def parallelize(
     """
     if not dist.is_initialized():
         raise ValueError("pypar.parallelize: no process group; call pypar.init() first")
-    plan = _plan(plan)
+    plan = Plan.of(plan)
     plan.check(dist.get_world_size(), model)
     check_elementwise(optimizer_class, plan.tp)
     _check_same(model, plan)
@@ -91,12 +91,6 @@ def parallelize(
         data.optimizer.agree_in = [g for g in (axes.tp_group, axes.pp_group) if g is not None]
         return hybrid, HybridOptimizer(hybrid, data.optimizer)
     return hybrid, HybridOptimizer(hybrid, optimizer)
-
-
-def _plan(plan: Plan | str | dict[str, Any]) -> Plan:
-    if isinstance(plan, str):
-        return Plan.parse(plan)
-    return Plan(**plan) if isinstance(plan, dict) else plan
 
 
 def starts_of(model: nn.Module, plan: Plan) -> tuple[str, ...]:

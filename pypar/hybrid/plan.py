@@ -96,6 +96,13 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
     @classmethod
+    def of(cls, plan: Plan | str | dict[str, Any]) -> Plan:
+        """A plan, its text, or its fields. Raises PlanError."""
+        if isinstance(plan, str):
+            return cls.parse(plan)
+        return cls._of(plan) if isinstance(plan, dict) else plan
+
+    @classmethod
     def from_json(cls, text: str) -> Plan:
         """Raises PlanError for what is no such object."""
         try:
@@ -194,26 +201,28 @@ class Plan:
             ) from error
 
     def _check_model(self, model: nn.Module) -> None:
+        said = [f"{n}=true" for n in ("sequence_parallel", "loss_parallel") if getattr(self, n)]
+        tensor_cell = " ".join([f"tp={self.tp}", *said])
+        for cell, check in (
+            (f"pp={self.pp} schedule={self.schedule}", self._check_stages),
+            (tensor_cell, self._check_tensor_parallel),
+        ):
+            try:
+                check(model)
+            except ValueError as error:
+                raise PlanError(cell, str(error), self._fit(None, model)) from error
+
+    def _check_stages(self, model: nn.Module) -> None:
         if self.pp > 1:
             schedule = make_schedule(self.schedule, self.pp, self.micro_batches, self.num_stages)
-            try:
-                cut(model, schedule.num_stages, self.split)
-            except ValueError as error:
-                raise PlanError(f"pp={self.pp} schedule={self.schedule}", str(error), self._fit(None, model)) from error
-        if self.tp > 1:
-            try:
-                self._check_tensor_parallel(model)
-            except ValueError as error:
-                raise PlanError(self._tensor_cell(), str(error), self._fit(None, model)) from error
+            cut(model, schedule.num_stages, self.split)
 
     def _check_tensor_parallel(self, model: nn.Module) -> None:
-        check_plan(
-            model,
-            self.tp,
-            self.tp_plan,
-            sequence_parallel=self.sequence_parallel,
-            loss_parallel=self.loss_parallel,
-        )
+        if self.tp > 1:
+            check_plan(
+                model, self.tp, self.tp_plan,
+                sequence_parallel=self.sequence_parallel, loss_parallel=self.loss_parallel,
+            )  # fmt: skip
 
     def _error(self, cell: str, why: str, **changes: Any) -> PlanError:
         nearest: Plan | None = dataclasses.replace(self, **changes)
@@ -240,23 +249,12 @@ class Plan:
                 try:
                     found.check(wanted)
                     if model is not None:
-                        found._check_fits(model)
+                        found._check_stages(model)
+                        found._check_tensor_parallel(model)
                 except ValueError:
                     continue
                 return found
         return None
-
-    def _tensor_cell(self) -> str:
-        said = [f"{n}=true" for n in ("sequence_parallel", "loss_parallel") if getattr(self, n)]
-        return " ".join([f"tp={self.tp}", *said])
-
-    def _check_fits(self, model: nn.Module) -> None:
-        if self.pp > 1:
-            cut(
-                model, make_schedule(self.schedule, self.pp, self.micro_batches, self.num_stages).num_stages, self.split
-            )
-        if self.tp > 1:
-            self._check_tensor_parallel(model)
 
     def _distance(self, axes: tuple[int, int, int]) -> float:
         mine = (self.pp, self.dp, self.tp)

@@ -12,14 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from pypar.placement import cut
 
 
-def recompute_blocks(module: nn.Module) -> list[str]:
-    """From now on, in training, each block of the module keeps its inputs alone for backward; names of the blocks.
+def recompute_blocks(module: nn.Module) -> None:
+    """From now on, in training, each block of the module keeps its inputs alone for backward.
 
     Raises ValueError where the module has no list of blocks."""
-    parts = [part for part in cut(module, 1).parts if part.is_block]
-    for part in parts:
-        part.module.__class__ = _class(type(part.module))  # type: ignore[assignment,arg-type]
-    return [part.name for part in parts]
+    for part in cut(module, 1).parts:
+        if part.is_block:
+            part.module.__class__ = _class(type(part.module))  # type: ignore[assignment,arg-type]
 
 
 @functools.cache

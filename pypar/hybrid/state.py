@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pypar.hybrid.model import HybridModel
@@ -40,10 +42,15 @@ def gather_optimizer_state(model: HybridModel, optimizer: torch.optim.Optimizer)
         inner = getattr(optimizer, "inner", optimizer)
         named = model.module.named_parameters()
         states = {n: {k: v for k, v in inner.state[p].items()} for n, p in named if inner.state.get(p)}
-    keys = {f"{key}.{name}": value for name, state in states.items() for key, value in state.items()}
+    mine = {
+        f"{key}.{name}": value
+        for name, state in states.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
     found: dict[str, Tensors] = {}
-    for full, value in _collect(model, {k: v for k, v in keys.items() if isinstance(v, torch.Tensor)}).items():
-        key, _, name = full.partition(".")
+    for full, value in _collect(model, mine, _without_key).items():
+        key, name = full.partition(".")[0], _without_key(full)
         found.setdefault(model.aliases.get(name, name), {}).setdefault(key, value)
     return found
 
@@ -78,15 +85,20 @@ def load_optimizer_state(model: HybridModel, optimizer: torch.optim.Optimizer, f
         states[named[name]] = {key: tensor.to(named[name].device, copy=True) for key, tensor in state.items()}
 
 
+def _without_key(name: str) -> str:
+    return name.partition(".")[2]
+
+
 @torch.no_grad()
-def _collect(model: HybridModel, mine: Tensors) -> Tensors:
-    """mine: whole over the data axis, in its names; what belongs to a parameter that tensor parallel cuts is cut."""
+def _collect(model: HybridModel, mine: Tensors, parameter_of: Callable[[str], str] = str) -> Tensors:
+    """mine: whole over the data axis; what belongs to a parameter (parameter_of its name) that tensor parallel cuts is
+    cut."""
     axes = model.axes
     if axes.tp_group is not None:
         shards = shards_by_name(model.module)
         joined = {}
         for name, tensor in mine.items():
-            shard = shards.get(name) or shards.get(name.partition(".")[2])
+            shard = shards.get(parameter_of(name))
             is_cut = shard is not None and tensor.dim() > shard.dim
             joined[name] = join(tensor.detach(), shard.cut, shard.dim, shard.place.group_name) if is_cut else tensor  # type: ignore[union-attr]
         mine = joined

@@ -143,8 +143,11 @@ class Engine:
             self._send(Link(stage, BACKWARD), micro_batch, [x.grad for x in saved.inputs])
 
 
-def abort(group: dist.ProcessGroup, reason: str) -> None:
-    """Ends every other rank's waits in `group`, where pypar serves it: they raise PeerError with the reason."""
+def abort(group: dist.ProcessGroup, who: str, error: BaseException) -> None:
+    """Ends every other rank's waits in `group`, where pypar serves it: they raise PeerError that says who raised
+    what."""
+    notes = "; ".join(getattr(error, "__notes__", []))
+    reason = f"{who} raised {type(error).__name__}: {error}" + (f" ({notes})" if notes else "")
     served: Any = group._get_backend(torch.device("cpu"))
     served = getattr(served, "wrapped_pg", served)
     if hasattr(served, "end"):

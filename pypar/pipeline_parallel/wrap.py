@@ -206,9 +206,7 @@ class Pipeline(nn.Module):
         try:
             return run()
         except BaseException as error:
-            notes = "; ".join(getattr(error, "__notes__", []))
-            where = f" ({notes})" if notes else ""
-            abort(self.group, f"rank {self.rank} of the pipeline raised {type(error).__name__}: {error}{where}")
+            abort(self.group, f"rank {self.rank} of the pipeline", error)
             raise
 
     def _train_step(self, batch: Any, loss_fn: LossFn | None) -> torch.Tensor:

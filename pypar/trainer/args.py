@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from pypar.hybrid.plan import Plan, PlanError
+from pypar.hybrid.plan import Plan
+from pypar.options import Parser, plan_of
 from pypar.pipeline_parallel.generators import NAMES
 from pypar.trainer.config import TrainConfig
-from pypar.trainer.errors import TrainError, reason
+from pypar.trainer.errors import TrainError
 from pypar.trainer.presets import PRESETS
 
 EXAMPLES = """\
@@ -30,20 +30,13 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TrainError(f"{message} (see pypar train --help)")
-
-
 def parser() -> argparse.ArgumentParser:
     """Options that were not given stay out of the namespace, so that a resumed run keeps its own values."""
-    top = _Parser(
+    top = Parser(
         prog="pypar train",
         description="Train a decoder-only language model on local ranks, or under torchrun.",
         epilog=EXAMPLES,
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
     group = top.add_argument_group("model and data")
@@ -159,12 +152,7 @@ _FIELDS = (
 
 def _fields(text: str) -> dict[str, Any]:
     """The settings that a plan stands for. Raises TrainError."""
-    try:
-        path = Path(text)
-        plan = Plan.from_json(path.read_text()) if path.suffix == ".json" else Plan.parse(text)
-        plan.check()
-    except (OSError, PlanError) as error:
-        raise TrainError(f"--plan {text}: {reason(error, with_type=False)}") from error
+    plan = plan_of(text)
     if plan.precision is not None:
         raise TrainError(f"--plan {text}: precision={plan.precision} is not for pypar train: use --dtype bfloat16")
     if not isinstance(plan.split, str):

@@ -8,12 +8,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pypar.options import OPTIMIZERS, Parser, plan_of, positive
 from pypar.trainer.errors import TrainError, reason
 from pypar.trainer.presets import PRESETS
 
@@ -30,31 +30,23 @@ language model's).
 Under torchrun the job's own ranks are used: torchrun --nproc-per-node 4 -m pypar verify --model ... --plan "dp=2 tp=2"
 Exit code: 0 all agree, 1 something differs (the table says what, where, on whose shard), a rank failed, 2 wrong input.
 """
-OPTIMIZERS = ("AdamW", "Adam", "SGD", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise TrainError(f"{message} (see pypar verify --help)")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(
+    top = Parser(
         prog="pypar verify",
         description="Starts the ranks of a plan on this host, runs a few steps, and compares loss, every gradient and "
         "every updated weight with one process.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = top.add_argument
     models = f"{', '.join(PRESETS)}, a Hugging Face config.json, the folder of a saved model, or FILE.py:FUNCTION"
     add("--model", required=True, help=models)
     add("--plan", required=True, help='"pp=2 dp=2 zero=3", or a file of JSON')
-    add("--batch-size", type=_positive, default=8, metavar="N", help="samples, over all ranks; default 8")
-    add("--seq-len", type=_positive, default=64, metavar="N", help="tokens of a sample; default 64")
-    add("--steps", type=_positive, default=3, metavar="N", help="of the optimizer; default 3")
-    add("--accumulate", type=_positive, default=1, metavar="N", help="batches per step; default 1")
+    add("--batch-size", type=positive, default=8, metavar="N", help="samples, over all ranks; default 8")
+    add("--seq-len", type=positive, default=64, metavar="N", help="tokens of a sample; default 64")
+    add("--steps", type=positive, default=3, metavar="N", help="of the optimizer; default 3")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches per step; default 1")
     add("--optimizer", default="AdamW", choices=OPTIMIZERS, metavar="NAME",
         help=f"{', '.join(OPTIMIZERS)}; default AdamW, with eps 1e-5")  # fmt: skip
     add("--lr", type=float, default=1e-3, metavar="X", help="default 1e-3")
@@ -72,12 +64,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where something differs, 2 for wrong input. argv: without `verify`."""
     try:
@@ -93,17 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Raises TrainError."""
-    from pypar import Plan, PlanError, init
+    from pypar import PlanError, init
     from pypar.testing import RankFailed
     from pypar.verify import verify
     from pypar.verify.steps import default_options
 
-    try:
-        path = Path(args.plan)
-        plan = Plan.from_json(path.read_text()) if path.suffix == ".json" else Plan.parse(args.plan)
-        plan.check()
-    except (OSError, PlanError) as error:
-        raise TrainError(f"--plan {args.plan}: {reason(error, with_type=False)}") from error
+    plan = plan_of(args.plan)
     make, batches = _model(args)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         init(timeout=timedelta(seconds=args.timeout))

@@ -147,7 +147,7 @@ def verify(
     isn't steps x accumulate, and functions that can't be sent to the ranks; what the model or the loss raises in one
     process; RankFailed with every rank's traceback when one fails.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    plan = Plan.of(plan)
     options = default_options(optimizer) if options is None else options
     settings = Settings(optimizer, options, clip, accumulate, loss_fn)
     job = Job(model_fn, plan, [], settings, dtype, seed, tuple(freeze), dropout, tamper)

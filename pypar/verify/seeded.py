@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pypar.hybrid import Plan
 from pypar.hybrid.model import seeded as seeded_at
 from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.batch import Caller, Losses, cut_batch, size_of
 from pypar.tensor_parallel import tensor_parallel
-from pypar.verify.steps import Run, Settings, states_of
+from pypar.verify.steps import Named, Run, Settings, in_one_process
 
 _FLOATS = ("dropout", "pdrop", "dropout_p", "dropout_prob")
 
@@ -49,49 +48,30 @@ def seeded(model: nn.Module, plan: Plan, batches: Sequence[Any], settings: Setti
     """In a job of one rank: the batch in the pieces of the plan's shares and micro-batches, each with the seed that it
     has there. Of a plan with a pipeline or tensor parallel the model is wrapped for one rank, which draws by block or
     by element as many ranks do."""
-    run = Run()
     if plan.tp > 1:
         tensor_parallel(model, None, plan.tp_plan)
     pipeline = Pipeline(model, schedule="gpipe", micro_batches=1) if plan.pp > 1 else None
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizer = settings.optimizer([p for _, p in named], **settings.options)
     call = Caller(model)
-    for first in range(0, len(batches), settings.accumulate):
-        loss = 0.0
-        for batch in batches[first : first + settings.accumulate]:
-            losses, parts = Losses.of(batch, settings.loss_fn), _pieces(batch, plan)
-            base = int(torch.randint(1 << 40, (1,), dtype=torch.int64))
-            if pipeline is not None:
-                loss = pipeline.accumulate(parts, losses, base, lambda found: (found.mean, found.scale, found.is_sum))
-                continue
-            before = [None if p.grad is None else p.grad.clone() for _, p in named]
-            for number, part in enumerate(parts):
-                with seeded_at(base + number, model.training):
-                    share = losses.add(call(part), part)
-                share.backward()
-            if losses.is_sum:
-                _rescale([p for _, p in named], before, losses.scale)
-            loss = losses.mean
-        run.losses.append(loss)
-        every = model.named_parameters(remove_duplicate=False)
-        run.gradients.append({n: p.grad.clone() for n, p in every if p.grad is not None})
-        if settings.clip is not None:
-            run.norms.append(float(nn.utils.clip_grad_norm_([p for _, p in named], settings.clip)))
-        optimizer.step()
-        optimizer.zero_grad()
-    run.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    run.states = states_of(optimizer, named)
-    return run
+
+    def learn(batch: Any, named: Named) -> float:
+        losses, parts = Losses.of(batch, settings.loss_fn), _pieces(batch, plan)
+        base = int(torch.randint(1 << 40, (1,), dtype=torch.int64))
+        if pipeline is not None:
+            return pipeline.accumulate(parts, losses, base, lambda found: (found.mean, found.scale, found.is_sum))
+        before = [None if p.grad is None else p.grad.clone() for _, p in named]
+        for number, part in enumerate(parts):
+            with seeded_at(base + number, model.training):
+                share = losses.add(call(part), part)
+            share.backward()
+        if losses.is_sum:
+            _rescale([p for _, p in named], before, losses.scale)
+        return losses.mean
+
+    return in_one_process(model, batches, settings, learn)
 
 
 def _pieces(batch: Any, plan: Plan) -> list[Any]:
-    def share(rank: int) -> Any:
-        def of(leaf: Any) -> Any:
-            return leaf.tensor_split(plan.dp)[rank] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
-
-        return pytree.tree_map(of, batch)
-
-    shares = [share(rank) for rank in range(plan.dp)]
+    shares = cut_batch(batch, plan.dp)
     count = min(plan.micro_batches, *(size_of(each) for each in shares))
     return [part for each in shares for part in cut_batch(each, count)]
 

@@ -66,28 +66,44 @@ class Run:
     apart: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def alone(
-    model: nn.Module, batches: Sequence[Any], settings: Settings, say: Callable[[str], None] | None = None
-) -> Run:
+Say = Callable[[str], None]
+Named = list[tuple[str, nn.Parameter]]
+
+
+def alone(model: nn.Module, batches: Sequence[Any], settings: Settings, say: Say | None = None) -> Run:
     """In this process, with torch alone: each batch whole. batches: `accumulate` per step of the optimizer.
 
     Raises DrawsRandomError after a forward that drew from torch's default generator."""
+    call, outputs = Caller(model), Outputs(model)
+
+    def learn(batch: Any, _named: Named) -> float:
+        losses = Losses.of(batch, settings.loss_fn)
+        drawn = torch.get_rng_state()
+        with outputs.watching(not outputs.found):
+            share = losses.add(call(batch), batch)
+        if not torch.equal(drawn, torch.get_rng_state()):
+            raise DrawsRandomError("the model draws random numbers in its forward")
+        (share / losses.count if losses.is_sum else share).backward()
+        return losses.mean
+
+    run = in_one_process(model, batches, settings, learn, say)
+    run.outputs = outputs.found
+    return run
+
+
+def in_one_process(
+    model: nn.Module,
+    batches: Sequence[Any],
+    settings: Settings,
+    learn: Callable[[Any, Named], float],
+    say: Say | None = None,
+) -> Run:
+    """learn(batch, trained parameters): adds the gradients of its mean loss to param.grad, and returns that."""
     run = Run()
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = settings.optimizer([p for _, p in named], **settings.options)
-    call, outputs = Caller(model), Outputs(model)
     for step, first in enumerate(range(0, len(batches), settings.accumulate)):
-        loss = 0.0
-        for batch in batches[first : first + settings.accumulate]:
-            losses = Losses.of(batch, settings.loss_fn)
-            drawn = torch.get_rng_state()
-            with outputs.watching(first == 0 and not outputs.found):
-                share = losses.add(call(batch), batch)
-            if not torch.equal(drawn, torch.get_rng_state()):
-                raise DrawsRandomError("the model draws random numbers in its forward")
-            (share / losses.count if losses.is_sum else share).backward()
-            loss = losses.mean
-        run.losses.append(loss)
+        run.losses.append([learn(batch, named) for batch in batches[first : first + settings.accumulate]][-1])
         every = model.named_parameters(remove_duplicate=False)
         run.gradients.append({n: p.grad.clone() for n, p in every if p.grad is not None})
         if settings.clip is not None:
@@ -95,17 +111,11 @@ def alone(
         optimizer.step()
         optimizer.zero_grad()
         if say is not None:
-            say(f"one process, step {step + 1}: loss {loss:.6f}")
+            say(f"one process, step {step + 1}: loss {run.losses[-1]:.6f}")
     run.weights = {n: t.detach().clone() for n, t in model.state_dict().items()}
-    run.states = states_of(optimizer, named)
-    run.outputs = outputs.found
-    return run
-
-
-def states_of(optimizer: torch.optim.Optimizer, named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Tensors]:
-    """{name of a parameter: {key: copy of the state}}, tensors alone."""
     states = {n: optimizer.state[p] for n, p in named if optimizer.state.get(p)}
-    return {n: {k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for n, s in states.items()}
+    run.states = {n: {k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for n, s in states.items()}
+    return run
 
 
 def together(
@@ -115,7 +125,7 @@ def together(
     settings: Settings,
     *,
     tamper: Callable[[HybridModel, HybridOptimizer], None] | None = None,
-    say: Callable[[str], None] | None = None,
+    say: Say | None = None,
 ) -> Run:
     """On the ranks of this job, under the plan; whole on rank 0, elsewhere with losses and norms alone. Collective.
 

@@ -57,7 +57,7 @@ def load_full_state_dict(zero: Zero, state: State | None, src: int | None) -> No
     error, header, groups = said
     if error is not None:
         raise ValueError(f"pypar.Zero: {error}")
-    barrier(zero)  # nobody reads the parameters any more
+    _barrier(zero)  # nobody reads the parameters any more
     for flat in zero._flats:
         _set_weights(flat, _shard(flat, model.get, src))
     for buffer, name in ((b, n) for n, b in _buffers(zero.module)):
@@ -220,7 +220,7 @@ def load_sharded(zero: Zero, folder: str | os.PathLike[str]) -> None:
     missing = sorted(name for name in wanted if name not in stored)
     if missing:
         raise ValueError(f"pypar.Zero: the checkpoint {os.fspath(folder)} has no '{missing[0]}'")
-    barrier(zero)  # nobody reads the parameters any more
+    _barrier(zero)  # nobody reads the parameters any more
     wanted |= scalars
     wanted |= {n: torch.zeros(stored[n].size) if hasattr(stored[n], "size") else None for n in settings}
     dcp.load(wanted, storage_reader=reader, process_group=zero.group)
@@ -286,14 +286,14 @@ def _load_groups(zero: Zero, groups: list[State] | None) -> None:
         group.update({k: v for k, v in given.items() if k != "params"})
 
 
-def barrier(zero: Zero) -> None:
+def _barrier(zero: Zero) -> None:
     if zero.world_size > 1:
         dist.barrier(group=zero.group)
 
 
 def settle(zero: Zero) -> None:
     """After the shards have changed: everybody's newest values. Collective."""
-    barrier(zero)
+    _barrier(zero)
     for flat in zero._flats:
         flat.publish()
     zero._gatherer.finish()

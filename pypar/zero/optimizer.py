@@ -19,7 +19,26 @@ from pypar.zero.reducer import ShardReducer, UnitBucket
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop")
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class OptimizerAround(torch.optim.Optimizer):
+    """One whose groups, states and settings are those of `inner`, so that schedulers work. Its own constructor calls
+    none of the base class, whose work the inner one's has done."""
+
+    inner: torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.inner.defaults
+
+
+class ShardedOptimizer(OptimizerAround):
     """What pypar.Zero gives as .optimizer. param_groups are those of the optimizer inside, so that schedulers work;
     its parameters are this rank's pieces, flat.
 
@@ -36,7 +55,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         offload: Offload | None = None,
     ):
-        # Not the base class's: what it would set up is the inner optimizer's.
         self.flats, self.reducer = list(flats), reducer
         self.group, self.rank = reducer.group, reducer.rank
         self.num_skipped = 0
@@ -70,18 +88,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.places[id(parameter)] = (flat, piece.begin - first, piece.end - first, piece.start)
             found.append((flat.parameters[piece.index], parameter))
         return found
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.inner.defaults
 
     # -- a step ----------------------------------------------------------------------------------------------------
 

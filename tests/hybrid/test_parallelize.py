@@ -62,6 +62,46 @@ def test_losses_count_over_the_whole_batch():
     assert not wrong, "\n".join(wrong)
 
 
+def _two_sums_of_one(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what two steps add up to, what torch makes of them), of a loss whose counts make the factor 1."""
+    batches = make_batches(2, 4)
+    shared, _ = pypar.parallelize(make_model("own"), "dp=1")
+    plain = make_model("own")
+    for batch in batches:
+        shared.train_step(batch, lambda output, batch: (mean_of(output, batch), 1))
+        mean_of(plain(batch["input_ids"]), batch).backward()
+    return shared.module.lm_head.weight.grad, plain.lm_head.weight.grad
+
+
+def test_earlier_gradients_stay_whatever_the_factor():
+    found, wanted = run_ranks(_two_sums_of_one, 1)[0]
+    torch.testing.assert_close(found, wanted)
+
+
+class NameWithin(nn.Module):
+    """One weight is called as another one is behind its first dot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 6)
+        self.inner = nn.Sequential()
+        self.inner.add_module("proj", nn.Linear(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.proj(x))
+
+
+def _names_within(rank: int, world: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    plan = Plan(tp=2, tp_plan={"proj": "colwise_gather_output"})
+    return pypar.gather_state(pypar.parallelize(NameWithin(), plan)[0])
+
+
+def test_a_weight_is_joined_by_its_whole_name():
+    torch.manual_seed(0)
+    torch.testing.assert_close(run_ranks(_names_within, 2)[0], dict(NameWithin().state_dict()))
+
+
 def _over_gloo(rank: int, world: int, plans: list[str]) -> list[Run]:
     settings, batches = Settings(clip=1.0), make_batches(3, 8)
     return [together(make_model("llama", tied=True), Plan.parse(plan), batches, settings) for plan in plans]
@@ -218,6 +258,12 @@ def _refused(rank: int, world: int, case: str) -> str:
             shared, _ = pypar.parallelize(model, "dp=2 tp=2")
             ids = batch["input_ids"][: 4 + rank % 2]
             shared.train_step({"input_ids": ids, "labels": ids})
+        elif case == "values":
+            shared, _ = pypar.parallelize(model, "dp=2 tp=2")
+            ids = batch["input_ids"][:4] + rank % 2
+            shared.train_step({"input_ids": ids, "labels": ids})
+        elif case == "meta":
+            pypar.parallelize(model.to("meta"), "dp=4 zero=3")
         elif case == "empty":
             shared, _ = pypar.parallelize(model, "dp=4")
             shared.train_step(shared.local_batch({k: v[:3] for k, v in batch.items()}))
@@ -241,6 +287,8 @@ def _refused(rank: int, world: int, case: str) -> str:
         ("model", ["ValueError", "ranks 0 and 3 differ", "same full model"]),
         ("empty", ["ValueError", "share 3 of 4 has no sample"]),
         ("batch", ["ValueError", "ranks 0 and 1 are one data-parallel share", "different shape"]),
+        ("values", ["ValueError", "ranks 0 and 1 are one data-parallel share", "different values"]),
+        ("meta", ["ValueError", "on the meta device"]),
     ],
 )
 def test_every_rank_says_what_is_wrong(case: str, says: list[str]):
