@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+# The CUDA build has an environment and a copy of the sources of its own: it needs another torch.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH := torch==2.14.1
+CUDA_SOURCES := build/cuda-src
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c')
 
-.PHONY: install train test verify-matrix check bench sanitize clean
+.PHONY: install train test verify-matrix check bench sanitize cuda-build clean
 
 install: $(BUILT)
 
@@ -54,6 +58,18 @@ bench: install  ## tables on the terminal, rows and charts in bench/results
 
 sanitize: install  ## the core under ThreadSanitizer and AddressSanitizer
 	$(BIN)/python -m pytest tests/native -k sanitizer
+
+$(CUDA_VENV)/.installed:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel ninja pybind11 numpy
+	$(CUDA_VENV)/bin/python -m pip install -q $(CUDA_TORCH)
+	touch $@
+
+cuda-build: $(CUDA_VENV)/.installed  ## compiles, links and imports the CUDA part; needs nvcc, no GPU
+	mkdir -p $(CUDA_SOURCES)
+	git ls-files -z | xargs -0 cp -du --preserve=timestamps --parents -t $(CUDA_SOURCES)
+	PYPAR_CUDA=1 $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps ./$(CUDA_SOURCES)
+	cd build && ../$(CUDA_VENV)/bin/python ../tests/kernels/import_cuda.py
 
 clean:
 	rm -rf build pypar/*.so *.egg-info $(BUILT)

@@ -34,14 +34,14 @@ def _load_extension() -> ModuleType | None:
 def _explain(error: ImportError) -> str:
     """Why an extension that is there can't be loaded: nearly always another torch than it was built against."""
     return (
-        f"pypar._C was built against torch {_build_constant('TORCH_VERSION')} and can't be loaded by torch "
+        f"pypar._C was built against torch {build_constant('TORCH_VERSION')} and can't be loaded by torch "
         f"{torch.__version__}: {error}. "
         "Reinstall pypar in this environment (pip install --no-build-isolation --force-reinstall --no-deps)."
     )
 
 
-def _build_constant(name: str) -> str:
-    """From pypar._build, which setup.py writes beside the extension."""
+def build_constant(name: str) -> str:
+    """From pypar._build, which setup.py writes beside the extension; "unknown" without it."""
     if importlib.util.find_spec("pypar._build") is None:
         return "unknown"
     return getattr(importlib.import_module("pypar._build"), name, "unknown")
@@ -60,7 +60,7 @@ def build_info() -> dict[str, str]:
     """What the extension was built with: torch, compiler, commit. Empty without it."""
     if extension is None:
         return {}
-    return {**extension.build_info(), "commit": _build_constant("COMMIT")}
+    return {**extension.build_info(), "commit": build_constant("COMMIT")}
 
 
 def _connect_hosts(

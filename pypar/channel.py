@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.errors import PeerError
+
 CHUNKS = 256  # flags for each source and parity: the most pieces of a slot that are signalled one by one
 HEADER_WORDS = 16  # of 4 bytes, the words below
+ABORT_FOR = 256  # in the abort word: this plus the rank that was waited for in vain
 EPOCH, DONE, ABORT, ERROR, ERROR_RANK, ERROR_INDEX, ERROR_EPOCH = range(7)
-ERRORS = {1: "waited for the data of", 2: "waited for an empty slot of"}
-
-
-class ChannelError(RuntimeError):
-    """A wait of a kernel ended without what it waited for."""
+ERRORS = {1: "waited for the data of", 2: "waited for an empty slot of", 3: "stopped with the others, who waited for"}
 
 
 def data_offset(world_size: int, chunks: int = CHUNKS) -> int:
@@ -46,32 +45,57 @@ class Channel:
     rank: int
     world_size: int
     slot_bytes: int
+    timeout_s: float
     memory: torch.Tensor  # uint8, symmetric
     pointers: torch.Tensor  # int64 [world_size], on the device
+    report: torch.Tensor  # int32 [4] of the host, pinned where there is a GPU: code, rank, index, call of an error
     ranks: list[int]  # of the world, for messages
 
     def words(self) -> torch.Tensor:
         return self.memory[: 4 * HEADER_WORDS].view(torch.int32)
 
+    def after(self) -> None:
+        """Behind a kernel that writes no report itself: fetches its error, without waiting for a GPU."""
+        if self.memory.device.type == "cpu":
+            self.check()
+        else:
+            self.report.copy_(self.words()[ERROR : ERROR + 4], non_blocking=True)
+
+    def raise_error(self) -> None:
+        """Raises PeerError if an earlier kernel gave up, as far as that is known: a GPU is not waited for."""
+        if self.report[0]:
+            self._raise(*self.report.tolist())
+
     def check(self) -> None:
-        """Raises ChannelError if a kernel gave up. On a GPU it waits for the device."""
+        """Raises PeerError if a kernel gave up. Waits for the device."""
+        self.raise_error()
         epoch, _, abort, code, rank, index, at = self.words()[:7].tolist()
         if code:
-            raise ChannelError(
-                f"{self.name}, call {at}: rank {self.ranks[self.rank]} {ERRORS.get(code, f'failed with {code} at')} "
-                f"rank {self.ranks[rank]} (piece {index}) until its time was over: did that rank make the call?"
-            )
+            self._raise(code, rank, index, at)
         if abort:
-            raise ChannelError(
-                f"{self.name}, call {epoch}: another rank gave up and says why; this one, "
-                f"{self.ranks[self.rank]}, stopped with it"
-            )
+            self._raise(3, abort - ABORT_FOR if abort >= ABORT_FOR else -1, 0, epoch + 1)
+
+    def _raise(self, code: int, rank: int, index: int, call: int) -> None:
+        peer = f"rank {self.ranks[rank]}" if 0 <= rank < self.world_size else "a rank that they name"
+        raise PeerError(
+            f"{self.name}, call {call}: rank {self.ranks[self.rank]} {ERRORS.get(code, f'failed with code {code} at')} "
+            f"{peer} (piece {index}), {self.timeout_s:g} s long: did that rank make the same call, and is it alive?"
+        )
 
 
 _channels: dict[tuple[str, str, str], list[Channel]] = {}
 
 
-def channel_of(group: dist.ProcessGroup, name: str, slot_bytes: int, device: torch.device | str) -> Channel:
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds that the group's calls may take."""
+    options = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return timeout.total_seconds() if timeout is not None else 600.0
+
+
+def channel_of(
+    group: dist.ProcessGroup, name: str, slot_bytes: int, device: torch.device | str, timeout_s: float | None = None
+) -> Channel:
     """The group's channel for the op (and algorithm) `name` with slots of at least `slot_bytes`.
 
     The first call for a size is collective: all ranks of the group make it, in the same order. A channel that has
@@ -82,6 +106,7 @@ def channel_of(group: dist.ProcessGroup, name: str, slot_bytes: int, device: tor
     device = torch.device(device)
     kept = _channels.setdefault((group.group_name, name, str(device)), [])
     if kept and kept[-1].slot_bytes >= slot_bytes:
+        kept[-1].raise_error()
         return kept[-1]
     slot_bytes = max(4096, 1 << (slot_bytes - 1).bit_length())
     total = data_offset(group.size()) + 2 * slot_bytes
@@ -89,14 +114,18 @@ def channel_of(group: dist.ProcessGroup, name: str, slot_bytes: int, device: tor
     memory.zero_()
     handle: Any = symm_mem.rendezvous(memory, group.group_name)
     dist.barrier(group)  # nobody signals before every channel is zero
-    pointers = torch.tensor(
-        struct.unpack(f"{group.size()}q", struct.pack(f"{group.size()}Q", *handle.buffer_ptrs)),
-        dtype=torch.int64,
-        device=device,
-    )
+    signed = struct.unpack(f"{group.size()}q", struct.pack(f"{group.size()}Q", *handle.buffer_ptrs))
     memory._pypar_rendezvous = handle  # type: ignore[attr-defined]
     channel = Channel(
-        name, group.rank(), group.size(), slot_bytes, memory, pointers, dist.get_process_group_ranks(group)
+        name,
+        group.rank(),
+        group.size(),
+        slot_bytes,
+        timeout_of(group, device) if timeout_s is None else timeout_s,
+        memory,
+        torch.tensor(signed, dtype=torch.int64, device=device),
+        torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda"),
+        dist.get_process_group_ranks(group),
     )
     kept.append(channel)
     return channel

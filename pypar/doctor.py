@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -68,6 +69,32 @@ def _forms(op: str) -> str:
     )
 
 
+NOT_RUN = "compiled and executed under emulation; not yet run on a GPU"
+
+
+def _cuda_part() -> str:
+    """Whether the CUDA kernels are in the extension, and why they aren't used."""
+    targets = backend.build_constant("CUDA")
+    if backend.extension is None:
+        return "absent: there is no compiled extension"
+    if not targets or targets == "unknown":
+        why = (
+            "torch was built without CUDA" if torch.version.cuda is None else "nvcc was not found, or PYPAR_CUDA was 0"
+        )
+        return f"absent: when pypar was built, {why}; kernels in csrc/cuda ({NOT_RUN})"
+    unused = "" if torch.cuda.is_available() else "; unused: no GPU is visible"
+    return f"built for sm_{targets.replace(' ', ', sm_')}{unused} ({NOT_RUN})"
+
+
+def _triton_part() -> str:
+    """Whether the Triton kernels can be imported, and why they aren't used."""
+    if importlib.util.find_spec("triton") is None:
+        return "absent: triton is not installed"
+    if torch.cuda.is_available():
+        return f"for CUDA tensors ({NOT_RUN})"
+    return f"there, unused: no GPU is visible, CPU tensors run the C++ kernels ({NOT_RUN})"
+
+
 def report() -> Iterator[tuple[str, str]]:
     """(name, value) rows; also what the benches write beside their numbers."""
     from pypar import __version__
@@ -82,6 +109,8 @@ def report() -> Iterator[tuple[str, str]]:
     yield "torch threads", str(torch.get_num_threads())
     yield "CUDA", torch.version.cuda or "torch was built without it"
     yield "compiled extension", _extension()
+    yield "CUDA kernels", _cuda_part()
+    yield "Triton kernels", _triton_part()
     yield "huge pages for shared memory", _huge_pages()
     if backend.extension is not None:
         yield "transport", "ranks of one host: shared memory (memfd); between hosts: gloo"

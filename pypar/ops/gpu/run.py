@@ -1,0 +1,54 @@
+"""What every GPU op does around its kernel: the group, its channel, and the error of a kernel that gave up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pypar.channel import Channel, channel_of
+from pypar.ops.gpu.reach import reachable
+from pypar.reference.collectives import group_of
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def cuda_kernels(op: str) -> Any:
+    """torch.ops.pypar_cuda.<op>, or None where the build has no CUDA part."""
+    return getattr(torch.ops.pypar_cuda, op, None)
+
+
+def triton_kernels() -> Any:
+    """The package of Triton kernels, or None where triton is not installed."""
+    try:
+        import pypar.triton_kernels as kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def peers_of(x: torch.Tensor, group_name: str) -> dist.ProcessGroup | None:
+    """The group, where kernels can exchange such tensors in it; None: the process group has to."""
+    group = group_of(group_name)
+    if group.size() == 1 or x.dtype not in FLOATING or not reachable(group, x.device):
+        return None
+    return group
+
+
+@contextmanager
+def channel_for(group: dist.ProcessGroup, name: str, slot_bytes: int, device: torch.device) -> Iterator[Channel]:
+    """The channel while a kernel is launched; a launch that fails because a kernel gave up raises what that said."""
+    channel = channel_of(group, name, slot_bytes, device)
+    try:
+        yield channel
+    except RuntimeError:
+        channel.raise_error()
+        raise
+
+
+def arguments(channel: Channel) -> tuple[Any, ...]:
+    """The last arguments of a CUDA launcher."""
+    return channel.pointers, channel.rank, channel.slot_bytes, channel.timeout_s, channel.report

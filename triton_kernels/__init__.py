@@ -1,0 +1,1 @@
+"""Triton kernels: pointers and sizes, never a group. Installed as pypar.triton_kernels."""
