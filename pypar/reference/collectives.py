@@ -44,10 +44,16 @@ def size_of(group_name: str) -> int:
     return _get_group_size_by_name(group_name)  # type: ignore[arg-type]
 
 
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a message has to lie that comes with no tensor: the CPU where the group serves it, else its GPU."""
+    served = group._device_types
+    return torch.device("cpu") if torch.device("cpu") in served or not served else served[0]
+
+
 def from_all_ranks(x: torch.Tensor, group_name: str) -> list[torch.Tensor]:
     """x of every rank, in rank order. Shapes may differ in dim 0."""
     group = group_of(group_name)
-    rows = torch.zeros(group.size(), dtype=torch.int64)
+    rows = torch.zeros(group.size(), dtype=torch.int64, device=x.device)
     rows[group.rank()] = x.shape[0] if x.dim() else 1
     dist.all_reduce(rows, group=group)
     most = int(rows.max())

@@ -35,9 +35,9 @@ def full_indices(x: torch.Tensor, dim: int, full: int, ranges: list[int]) -> tor
     if not 0 <= dim < x.dim() or len(held) != x.shape[dim]:
         raise ValueError(f"keyed_dropout: ranges {ranges} don't fit dim {dim} of x {tuple(x.shape)}")
     sizes = [full if d == dim else n for d, n in enumerate(x.shape)]
-    index = torch.zeros(x.shape, dtype=torch.int64)
+    index = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
     for d, n in enumerate(x.shape):
-        here = torch.tensor(held, dtype=torch.int64) if d == dim else torch.arange(n)
+        here = torch.tensor(held if d == dim else range(n), dtype=torch.int64, device=x.device)
         index = index * sizes[d] + here.view([-1 if e == d else 1 for e in range(x.dim())])
     return index
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pypar.reference.collectives import group_of
+from pypar.reference.collectives import device_of, group_of
 
 DTYPES = (
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
@@ -33,7 +33,8 @@ def heads_of(tensors: Sequence[torch.Tensor], tag: int) -> list[torch.Tensor]:
 
 def start_send(tensors: Sequence[torch.Tensor], tag: int, peer: int, group: dist.ProcessGroup) -> list[tuple[Any, Any]]:
     """(work, what must live until it is done) of every part of a message, on its way."""
-    parts = [*heads_of(tensors, tag), *(x.detach().contiguous() for x in tensors if x.numel())]
+    heads = [head.to(device_of(group)) for head in heads_of(tensors, tag)]
+    parts = [*heads, *(x.detach().contiguous() for x in tensors if x.numel())]
     return [(dist.isend(part, group=group, group_dst=peer), part) for part in parts]
 
 

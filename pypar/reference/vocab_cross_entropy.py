@@ -70,7 +70,7 @@ def vocab_cross_entropy(
     """The sum of the losses, how many there are, and of each row [max, sum of e^(x - max)], as [2, T]."""
     own = _own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
     x = logits.to(wide_type(logits.dtype))
-    rows = torch.arange(len(target))
+    rows = torch.arange(len(target), device=x.device)
     x_max, exp_sum = _max_and_sum(x)
     mine = (target >= own.start) & (target < own.stop)
     x_target = torch.zeros_like(x_max)
@@ -82,7 +82,7 @@ def vocab_cross_entropy(
         of_shards = [[*map(torch.Tensor.double, _max_and_sum(s)), s.double().sum(1)] for s in x.split(shards, 1)]
         of_ranks = from_all_ranks(torch.stack(_merge_tree(of_shards))[None], group_name)
     full_max = torch.stack([p[0, 0] for p in parts]).amax(0)
-    full_sum, full_target, total, vocabulary = torch.zeros(4, len(target), dtype=x.dtype)
+    full_sum, full_target, total, vocabulary = torch.zeros(4, len(target), dtype=x.dtype, device=x.device)
     for p in parts:  # in rank order
         p_max, p_sum, p_target, p_total, p_columns = p[0]
         full_sum += torch.where(p_sum == 0, 0, p_sum * torch.where(p_max == full_max, 1, torch.exp(p_max - full_max)))
@@ -112,7 +112,7 @@ def vocab_cross_entropy_dlogits(
     own = _own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
     vocabulary = sum(sizes) if sizes is not None else len(own) * group_of(group_name).size()
     grads = torch.exp(logits.to(stats.dtype) - stats[0][:, None]) / stats[1][:, None]
-    wanted = (target[:, None] == torch.arange(own.start, own.stop)).to(stats.dtype)
+    wanted = (target[:, None] == torch.arange(own.start, own.stop, device=target.device)).to(stats.dtype)
     grads = (grads - (1 - label_smoothing) * wanted - label_smoothing / max(1, vocabulary)) * dloss
     return torch.where((target != ignore_index)[:, None], grads, 0).to(logits.dtype).contiguous()
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 ONE_SHOT_BYTES = 256 << 10
 PIECE_BYTES = 64 << 20  # of a large message that goes through the slots in pieces
 FEWEST_ROWS = 48
-LEAST_GAIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,13 @@ def gain(columns: int, world_size: int, limits: Limits | None = None) -> float:
     return 1 + min(r, 1 / r)
 
 
-def fuses(rows: int, columns: int, world_size: int, limits: Limits | None = None) -> bool:
-    """Whether a fused matmul pays: else a plain matmul and a small message are faster."""
-    return rows >= FEWEST_ROWS and gain(columns, world_size, limits) >= LEAST_GAIN
+def fuses(rows: int) -> bool:
+    """Whether a fused matmul runs: below this a plain matmul and a small message are faster.
+
+    Not by gain(): it takes the columns of all ranks, and where those are uneven a rank only knows its own. Ranks that
+    decide differently would wait for each other.
+    """
+    return rows >= FEWEST_ROWS
 
 
 def all_reduce_algorithm(nbytes: int) -> str:

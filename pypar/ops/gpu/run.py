@@ -52,3 +52,16 @@ def channel_for(group: dist.ProcessGroup, name: str, slot_bytes: int, device: to
 def arguments(channel: Channel) -> tuple[Any, ...]:
     """The last arguments of a CUDA launcher."""
     return channel.pointers, channel.rank, channel.slot_bytes, channel.timeout_s, channel.report
+
+
+def where(channel: Channel) -> dict[str, Any]:
+    """The arguments of a Triton launcher that say where it runs. Triton has no clock: a look takes about a microsecond
+    on a GPU, and fifty in the interpreter."""
+    looks_per_s = 1e6 if channel.memory.device.type == "cuda" else 2e4
+    return {
+        "pointers": channel.pointers,
+        "rank": channel.rank,
+        "world_size": channel.world_size,
+        "slot_bytes": channel.slot_bytes,
+        "polls": int(min(channel.timeout_s * looks_per_s, 2**31 - 1)),
+    }
