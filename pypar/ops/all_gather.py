@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import collectives as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.all_gather import all_gather as reference
 from pypar.reference.collectives import group_of
@@ -19,7 +20,7 @@ def _reference_out(out: torch.Tensor, x: torch.Tensor, group_name: str, splits: 
     out.copy_(reference(x, group_name, splits))
 
 
-define("all_gather(Tensor x, str group_name, SymInt[]? splits=None) -> Tensor", reference, _fake)
+define("all_gather(Tensor x, str group_name, SymInt[]? splits=None) -> Tensor", reference, _fake, gpu.all_gather)
 define(
     "all_gather_out(Tensor(a!) out, Tensor x, str group_name, SymInt[]? splits=None) -> ()",
     _reference_out,

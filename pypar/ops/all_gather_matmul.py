@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pypar.ops.fixed_matmul import fixed_row_sum
+from pypar.ops.gpu import matmuls as gpu
 from pypar.ops.library import autocast, define, name_of
 from pypar.reference.all_gather_matmul import all_gather_matmul as reference
 from pypar.reference.collectives import from_all_ranks, is_layout, size_of, virtual_shards
@@ -56,6 +57,7 @@ define(
     "str determinism='run', int num_chunks=0) -> Tensor[]",
     reference,
     _fake,
+    gpu.all_gather_matmul,
 )
 define(
     "all_gather_matmul_dw(Tensor x, Tensor[] dys, SymInt[]? splits, str group_name, int num_chunks=0) -> Tensor[]",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import collectives as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.all_reduce import all_reduce as reference
 from pypar.reference.all_reduce import all_reduce_shares as shares_reference
@@ -15,14 +16,22 @@ def _reference_(x: torch.Tensor, op: str, group_name: str) -> None:
 
 
 define(
-    "all_reduce(Tensor x, str op, str group_name) -> Tensor", reference, lambda x, op, group_name: torch.empty_like(x)
+    "all_reduce(Tensor x, str op, str group_name) -> Tensor",
+    reference,
+    lambda x, op, group_name: torch.empty_like(x),
+    gpu.all_reduce,
 )
 define(  # of 8 shares in all, along the tree of determinism "layout"
     "all_reduce_shares(Tensor x, str group_name) -> Tensor",
     shares_reference,
     lambda x, group_name: x.new_empty(x.shape[1:]),
 )
-define("all_reduce_(Tensor(a!) x, str op, str group_name) -> ()", _reference_, lambda x, op, group_name: None)
+define(
+    "all_reduce_(Tensor(a!) x, str op, str group_name) -> ()",
+    _reference_,
+    lambda x, op, group_name: None,
+    gpu.all_reduce_,
+)
 
 
 class _AllReduce(torch.autograd.Function):

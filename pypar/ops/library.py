@@ -16,12 +16,14 @@ from pypar.reference.collectives import virtual_shards as virtual_shards
 LIBRARY = torch.library.Library("pypar", "DEF")
 
 
-def define(schema: str, reference: Callable, fake: Callable) -> None:
-    """Declares an op. Its reference serves as the CPU kernel only where the compiled extension is absent."""
+def define(schema: str, reference: Callable, fake: Callable, gpu: Callable | None = None) -> None:
+    """Declares an op. Its reference serves as the CPU kernel only where the compiled extension is absent, and for CUDA
+    tensors where there is no `gpu`, which chooses a kernel."""
     name = schema.split("(")[0]
     LIBRARY.define(schema)
     if not backend.available():
         LIBRARY.impl(name, reference, "CPU")
+    LIBRARY.impl(name, gpu or reference, "CUDA")
     torch.library.register_fake(f"pypar::{name}", fake, lib=LIBRARY)
 
 

@@ -15,6 +15,7 @@ define(
     "str determinism='run', SymInt[]? sizes=None, int num_chunks=0) -> Tensor",
     reference,
     lambda xs, weights, *_: xs[0].new_empty(xs[0].shape[0], weights[0].shape[0]),
+    gpu.matmul_all_reduce,
 )
 
 

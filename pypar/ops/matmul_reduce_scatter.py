@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pypar.ops.fixed_matmul import fixed_grads
+from pypar.ops.gpu import matmuls as gpu
 from pypar.ops.library import autocast, define, name_of
 from pypar.reference.collectives import group_of, is_layout, rows_per_rank, size_of
 from pypar.reference.matmul_reduce_scatter import matmul_reduce_scatter as reference
@@ -32,6 +33,7 @@ define(
     "str group_name, str determinism='run', SymInt[]? sizes=None, int num_chunks=0) -> Tensor",
     reference,
     _fake,
+    gpu.matmul_reduce_scatter,
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import collectives as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.collectives import group_of, rows_per_rank
 from pypar.reference.reduce_scatter import reduce_scatter as reference
@@ -21,7 +22,12 @@ def _reference_out(
     out.copy_(reference(x, op, group_name, splits))
 
 
-define("reduce_scatter(Tensor x, str op, str group_name, SymInt[]? splits=None) -> Tensor", reference, _fake)
+define(
+    "reduce_scatter(Tensor x, str op, str group_name, SymInt[]? splits=None) -> Tensor",
+    reference,
+    _fake,
+    gpu.reduce_scatter,
+)
 define(
     "reduce_scatter_out(Tensor(a!) out, Tensor x, str op, str group_name, SymInt[]? splits=None) -> ()",
     _reference_out,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pypar import symmetric
+from pypar.ops.gpu import zero as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.collectives import group_of
 from pypar.reference.zero_gather import zero_gather as reference
@@ -15,6 +16,7 @@ define(
     "zero_gather(Tensor(a!) full, Tensor shard, int[] sizes, str group_name) -> ()",
     reference,
     lambda full, shard, sizes, group_name: None,
+    gpu.zero_gather,
 )
 
 
@@ -73,7 +75,7 @@ def zero_gather(
     Source         Rajbhandari et al., ZeRO (2020), stage 3
     """
     name = name_of(group)
-    if not async_op and full.device.type == "cpu":
+    if not async_op and full.device.type in ("cpu", "cuda"):
         torch.ops.pypar.zero_gather(full, shard, sizes, name)
         return None
     gathering = _start(full.detach(), shard.detach(), sizes, group_of(name))

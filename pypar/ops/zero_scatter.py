@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import zero as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.zero_scatter import zero_scatter as reference
 
@@ -10,6 +11,7 @@ define(
     "zero_scatter(Tensor(a!) shard, Tensor full, int[] sizes, float scale, bool accumulate, str group_name) -> Tensor",
     reference,
     lambda shard, *_: shard.new_empty((), dtype=torch.float64),
+    gpu.zero_scatter,
 )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from pypar.ops.gpu import zero as gpu
 from pypar.ops.library import define
 from pypar.reference.zero_step import zero_step as reference
 
@@ -18,6 +19,7 @@ define(
     "bool decoupled, bool maximize) -> ()",
     reference,
     _fake,
+    gpu.zero_step,
 )
 
 
