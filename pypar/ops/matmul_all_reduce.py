@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from pypar.ops.fixed_matmul import fixed_grads
+from pypar.ops.gpu import matmuls as gpu
 from pypar.ops.library import autocast, define, name_of
 from pypar.reference.collectives import is_layout
 from pypar.reference.matmul_all_reduce import matmul_all_reduce as reference

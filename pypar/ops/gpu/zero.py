@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def zero_step(
     exp_avg_sq: torch.Tensor,
     max_exp_avg_sq: torch.Tensor | None,
     low: torch.Tensor | None,
-    *settings: float,
+    *settings: Any,
 ) -> None:
     """The gradient is reduced already: a kernel of one rank, which exchanges nothing."""
     kernel = cuda_kernels("zero_step")
