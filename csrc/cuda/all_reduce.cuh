@@ -14,12 +14,6 @@ struct AllReduceParams {
   Channel channel;
 };
 
-// The factor of an average, found as on the CPU: 1/W first, then one product.
-template <typename W>
-__device__ inline W scaled(Reduction op, W sum, int world) {
-  return op == Reduction::avg ? sum * (W(1) / static_cast<W>(world)) : sum;
-}
-
 // 4 bytes travel with the number of their call in one access of 8: no flag, no fence, half the bandwidth. What makes a
 // small message fast, as in NCCL's LL protocol. Slot: [source][words] pairs.
 template <typename T>
@@ -63,7 +57,7 @@ __device__ inline Words<T> one_shot_wait(const Channel& channel, const uint64_t*
 
 // Items of 4 bytes, or of 8 where an element has 8.
 template <typename T>
-__global__ void one_shot_all_reduce(AllReduceParams p) {
+__global__ void one_shot_all_reduce(const __grid_constant__ AllReduceParams p) {
   using E = Element<T>;
   constexpr int kElements = Words<T>::kElements, kWords = Words<T>::kWords;
   const Channel& channel = p.channel;
@@ -143,7 +137,7 @@ __host__ __device__ inline int64_t chunk_of(int64_t numel, int world) {
 // Chunk o goes to rank o, which reduces it and gives the result to all. Block b does part b of every chunk and waits
 // for blocks b only. Pieces: b for chunks, kChunks / 2 + b for results; slot: [source][chunk], then [owner][chunk].
 template <typename T>
-__global__ void two_shot_all_reduce(AllReduceParams p) {
+__global__ void two_shot_all_reduce(const __grid_constant__ AllReduceParams p) {
   const Channel& channel = p.channel;
   const int world = channel.world, rank = channel.rank;
   const uint32_t call = this_call(channel);

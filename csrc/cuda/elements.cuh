@@ -45,6 +45,12 @@ __device__ inline W combine(Reduction op, W a, W b) {
   }
 }
 
+// The factor of an average, found as on the CPU: 1/W first, then one product.
+template <typename W>
+__device__ inline W scaled(Reduction op, W sum, int world) {
+  return op == Reduction::avg ? sum * (W(1) / static_cast<W>(world)) : sum;
+}
+
 template <typename T>
 struct Vector {
   static constexpr int kNum = 16 / sizeof(T);

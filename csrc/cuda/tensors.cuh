@@ -9,6 +9,7 @@
 
 #include "cuda/channel.cuh"
 #include "cuda/elements.cuh"
+#include "cuda/reduce_scatter.cuh"
 #include "cuda/stream.cuh"
 #include "pypar/launch.cuh"
 
@@ -65,16 +66,57 @@ inline Reduction reduction_of(const char* op, const std::string& name) {
   TORCH_CHECK_VALUE(false, op, ": op is '", name, "', expected sum, avg, product, min or max");
 }
 
-// body(T{}) for the kernels' type of x.
+// Of every rank's shard.
+inline Cuts cuts_from(const char* op, const Channel& channel, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(static_cast<int>(sizes.size()) == channel.world, op, ": sizes ", sizes, ", expected those of ",
+                    channel.world, " ranks");
+  Cuts cuts{};
+  for (int r = 0; r < channel.world; ++r) {
+    const int64_t size = sizes[static_cast<size_t>(r)];
+    TORCH_CHECK_VALUE(size >= 0, op, ": sizes ", sizes, ", expected none below 0");
+    cuts.begin[r + 1] = cuts.begin[r] + size;
+  }
+  return cuts;
+}
+
+// Bytes of the pieces of the largest shard in its owner's slot.
+template <typename T>
+int64_t pieces_bytes(const Channel& channel, at::IntArrayRef sizes) {
+  const int64_t most = sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end());
+  return channel.world * stride_of<T>(most) * static_cast<int64_t>(sizeof(T));
+}
+
+inline void check_numel(const char* op, const char* name, const at::Tensor& x, at::ScalarType type, int64_t numel) {
+  TORCH_CHECK_VALUE(x.scalar_type() == type && x.numel() == numel, op, ": ", name, " is ", x.scalar_type(), x.sizes(),
+                    ", expected ", numel, " numbers of ", type);
+}
+
+// body(T{}) for the type that kernels compute in. with_gradient: without float64, whose sums would need a wider one.
 template <typename Body>
-void with_element(const char* op, at::ScalarType type, Body&& body) {
+void with_gradient(const char* op, at::ScalarType type, Body&& body) {
   switch (type) {
     case at::kFloat: return body(float{});
     case at::kBFloat16: return body(__nv_bfloat16{});
     case at::kHalf: return body(__half{});
-    case at::kDouble: return body(double{});
-    default:
-      TORCH_CHECK_VALUE(false, op, ": ", type, " is not supported, expected float32, bfloat16, float16 or float64");
+    default: TORCH_CHECK_VALUE(false, op, ": ", type, " is not supported, expected float32, bfloat16 or float16");
+  }
+}
+
+template <typename Body>
+void with_element(const char* op, at::ScalarType type, Body&& body) {
+  if (type == at::kDouble) return body(double{});
+  with_gradient(op, type, std::forward<Body>(body));
+}
+
+// body(T{}) for a type of as many bytes, where nothing but copies is done.
+template <typename Body>
+void with_bytes(size_t item_bytes, Body&& body) {
+  switch (item_bytes) {
+    case 1: return body(uint8_t{});
+    case 2: return body(uint16_t{});
+    case 4: return body(uint32_t{});
+    case 8: return body(uint64_t{});
+    default: TORCH_CHECK_VALUE(false, "an element of ", item_bytes, " bytes is not supported, expected 1, 2, 4 or 8");
   }
 }
 

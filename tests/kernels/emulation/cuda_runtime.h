@@ -12,6 +12,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __forceinline__ inline
 
 #define threadIdx (::emulation::current().thread)
