@@ -38,9 +38,8 @@ def _registered(op: str) -> Callable[..., Any]:
 
 
 def _gpu_function(op: str) -> Callable[..., Any]:
-    rooms = ("collectives", "matmuls", "loss", "zero")
-    found = (getattr(importlib.import_module(f"pypar.ops.gpu.{room}"), op, None) for room in rooms)
-    return next(f for f in found if f is not None)
+    rooms = [importlib.import_module(f"pypar.ops.gpu.{room}") for room in ("collectives", "matmuls", "zero")]
+    return next(getattr(room, op) for room in rooms if hasattr(room, op))
 
 
 def _emulated(op: str) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from pypar import _build, backend
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -14,7 +15,9 @@ def main() -> None:
     for source in sorted(SOURCES.glob("*.cu")):
         ops = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")
         assert any(op.split(".")[0] == f"pypar_cuda::{source.stem}" for op in ops), f"{source.name} registers no op"
-    print(f"pypar built for sm_{_build.CUDA.replace(' ', ', sm_')} against torch {torch.__version__}: it loads, GPU or not")
+    print(
+        f"pypar built for sm_{_build.CUDA.replace(' ', ', sm_')} against torch {torch.__version__}: it loads, GPU or not"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def all_gather_matmul(
 ) -> list[torch.Tensor]:
     if is_layout(determinism):
         return all_gather_matmul_reference(x, list(weights), list(biases), splits, group_name, determinism)
-    group, kernels = peers_of(x, group_name), triton_kernels()
+    group, kernels = peers_of(x, group_name), triton_kernels("all_gather_matmul")
     size = group_of(group_name).size()
     rows = list(splits) if splits is not None else [x.shape[0]] * size
     if group is None or kernels is None or x.dtype not in FUSED or not fuses(sum(rows)):
@@ -73,7 +73,7 @@ def matmul_reduce_scatter(
         return matmul_reduce_scatter_reference(
             list(xs), list(weights), bias, residual, splits, group_name, determinism, sizes
         )
-    group, kernels = peers_of(xs[0], group_name), triton_kernels()
+    group, kernels = peers_of(xs[0], group_name), triton_kernels("matmul_reduce_scatter")
     size, rows = group_of(group_name).size(), xs[0].shape[0]
     if group is None or kernels is None or xs[0].dtype not in FUSED or not fuses(rows):
         counts = rows_per_rank(rows, size, splits)
@@ -101,7 +101,7 @@ def matmul_all_reduce(
 ) -> torch.Tensor:
     if is_layout(determinism):
         return matmul_all_reduce_reference(list(xs), list(weights), bias, residual, group_name, determinism, sizes)
-    group, kernels = peers_of(xs[0], group_name), triton_kernels()
+    group, kernels = peers_of(xs[0], group_name), triton_kernels("matmul_all_reduce")
     size, rows = group_of(group_name).size(), xs[0].shape[0]
     if group is None or kernels is None or xs[0].dtype not in FUSED or not fuses(rows):
         share = _share(xs, weights, bias, residual)

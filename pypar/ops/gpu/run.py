@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +23,11 @@ def cuda_kernels(op: str) -> Any:
     return getattr(torch.ops.pypar_cuda, op, None)
 
 
-def triton_kernels() -> Any:
-    """The package of Triton kernels, or None where triton is not installed."""
-    try:
-        import pypar.triton_kernels as kernels
-    except ImportError:
+def triton_kernels(op: str) -> Any:
+    """The module pypar.triton_kernels.<op>, or None where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
         return None
-    return kernels
+    return importlib.import_module(f"pypar.triton_kernels.{op}")
 
 
 def peers_of(x: torch.Tensor, group_name: str) -> dist.ProcessGroup | None:
