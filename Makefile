@@ -11,9 +11,9 @@ CUDA_VENV := .venv-cuda
 CUDA_TORCH := torch==2.14.1
 CUDA_SOURCES := build/cuda-src
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c')
+FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
-.PHONY: install train test verify-matrix check bench sanitize cuda-build clean
+.PHONY: install train test verify-matrix check bench sanitize cuda-build gpu clean
 
 install: $(BUILT)
 
@@ -70,6 +70,9 @@ cuda-build: $(CUDA_VENV)/.installed  ## compiles, links and imports the CUDA par
 	git ls-files -z | xargs -0 cp -du --preserve=timestamps --parents -t $(CUDA_SOURCES)
 	PYPAR_CUDA=1 $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps ./$(CUDA_SOURCES)
 	cd build && ../$(CUDA_VENV)/bin/python ../tests/kernels/import_cuda.py
+
+gpu: install  ## on a machine with GPUs: suite, compute-sanitizer, times, one report in bench/results/gpu
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf build pypar/*.so *.egg-info $(BUILT)

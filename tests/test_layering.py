@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "pypar.mesh": {"pypar.backend"},
     "pypar.backend": {"pypar._C", "pypar._build", "pypar.errors"},
     "pypar.symmetric": {"pypar.backend", "pypar.mesh"},
+    "pypar.channel": {"pypar.errors"},
+    "pypar.triton_kernels": set(),  # pointers and sizes, never a group
     "pypar.ops": {
+        "pypar.channel",
         "pypar.reference",
         "pypar.triton_kernels",
         "pypar.symmetric",
@@ -75,7 +78,10 @@ def imports_of(path: Path) -> set[str]:
 
 
 def modules() -> list[tuple[str, Path]]:
-    paths = sorted((ROOT / "pypar").rglob("*.py"))
+    paths = sorted(
+        p for p in (ROOT / "pypar").rglob("*.py") if "triton_kernels" not in p.parts
+    )  # a link, followed or not
+    paths += [ROOT / "pypar" / p.relative_to(ROOT) for p in sorted((ROOT / "triton_kernels").glob("*.py"))]
     return [(".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), p) for p in paths]
 
 
@@ -130,8 +136,40 @@ def test_one_stem_through_every_folder(op):
     assert hasattr(torch.ops.pypar, op)
 
 
+CUDA_OPS = [
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter",
+    "ring_recv",
+    "ring_send",
+    "zero_gather",
+    "zero_scatter",
+    "zero_step",
+]
+TRITON_OPS = ["all_gather_matmul", "all_reduce", "matmul_all_reduce", "matmul_reduce_scatter", "vocab_cross_entropy"]
+
+
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_one_stem_in_cuda(op):
+    assert f'"{op}' in (ROOT / f"csrc/cuda/{op}.cu").read_text(), "the file registers the op under its stem"
+    assert op in OPS
+
+
+@pytest.mark.parametrize("op", TRITON_OPS)
+def test_one_stem_in_triton(op):
+    assert f"def {op}" in (ROOT / f"triton_kernels/{op}.py").read_text(), "the file has the launcher of its stem"
+    assert op in OPS
+
+
+def test_ptx_is_in_one_header():
+    sources = [p for p in (ROOT / "csrc").rglob("*.cu*") if p.name != "signal.cuh"]
+    assert len(sources) > 10
+    assert not [p.name for p in sources if "asm" in p.read_text() and "asm volatile" in p.read_text()]
+
+
 def test_files_stay_small():
-    sources = [p for d, e in (("pypar", "*.py"), ("csrc", "*.cpp"), ("csrc", "*.h")) for p in (ROOT / d).rglob(e)]
+    kinds = [("pypar", "*.py"), ("triton_kernels", "*.py"), *(("csrc", f"*.{e}") for e in ("cpp", "h", "cu", "cuh"))]
+    sources = [p for d, e in kinds for p in (ROOT / d).rglob(e)]
     lines = {str(p.relative_to(ROOT)): p.read_text().splitlines() for p in sources}
     long = {name: len(text) for name, text in lines.items() if len(text) > 400 and "// Long, because" not in text[0]}
     assert not long, f"over 400 lines: split, or begin with '// Long, because ...': {long}"

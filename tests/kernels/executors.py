@@ -50,7 +50,7 @@ def _emulated(op: str) -> Callable[..., Any]:
 
 
 def _interpreted(op: str) -> Callable[..., Any]:
-    from kernels import interpreter  # noqa: F401  (mends two errors of the interpreter with bfloat16)
+    from kernels import triton_matmul_executor  # noqa: F401  (mends two errors of the interpreter with bfloat16)
 
     assert os.environ["TRITON_INTERPRET"] == "1"
     return _gpu_function(op)

@@ -51,7 +51,7 @@ def all_gather_matmul(
         full = collectives.all_gather(x, group_name, rows)
         given = list(biases) or [None] * len(weights)
         return [torch.nn.functional.linear(full, w, b) for w, b in zip(weights, given, strict=True)]
-    slot = kernels.all_gather_matmul_bytes(rows, x.shape[1], x.dtype)
+    slot = kernels.all_gather_matmul_bytes(max(rows), x.shape[1], size, x.dtype)
     with channel_for(group, "all_gather_matmul", slot, x.device) as channel:
         ys = kernels.all_gather_matmul(x, list(weights), **where(channel), biases=list(biases) or None, splits=rows)
         channel.after()
