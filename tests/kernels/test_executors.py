@@ -1,4 +1,4 @@
-"""One suite for every executor: the bits of plain torch, the same on all ranks and in every run, whatever the stalls."""
+"""One suite for every executor: the bits of plain torch, the same on all ranks and in every run, with pauses."""
 
 from __future__ import annotations
 
