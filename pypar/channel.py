@@ -13,6 +13,7 @@ CHUNKS = 256  # flags for each source and parity: the most pieces of a slot that
 HEADER_WORDS = 16  # of 4 bytes, the words below
 EPOCH, DONE, ABORT, ERROR, ERROR_RANK, ERROR_INDEX, ERROR_EPOCH = range(7)
 ERRORS = {1: "waited for the data of", 2: "waited for an empty slot of"}
+ABORT_FOR = 256  # in the abort word, with the rank that was waited for in vain added; 1 says nothing more
 
 
 class ChannelError(RuntimeError):
@@ -31,7 +32,7 @@ class Channel:
 
         word 0         epoch: the calls that are over; the kernel that ends a call writes it
         word 1         done: programs (blocks) of this call that are over; back to 0 with the epoch
-        word 2         abort: a peer gave up
+        word 2         abort: a peer gave up; ABORT_FOR and the rank that it waited for, or 1
         words 3..6     error: code, rank, index, epoch; the first one stays
         full           [2][world_size][chunks] written by the source with the number of the call, polled here
         empty          [2][world_size] written by the consumer when it has read what this rank wrote for a call
@@ -62,8 +63,9 @@ class Channel:
                 f"rank {self.ranks[rank]} (piece {index}) until its time was over: did that rank make the call?"
             )
         if abort:
+            why = f"waiting for rank {self.ranks[abort - ABORT_FOR]}" if abort >= ABORT_FOR else "and says why"
             raise ChannelError(
-                f"{self.name}, call {epoch}: another rank gave up and says why; this one, "
+                f"{self.name}, call {epoch + 1}: another rank gave up {why}; this one, "
                 f"{self.ranks[self.rank]}, stopped with it"
             )
 
