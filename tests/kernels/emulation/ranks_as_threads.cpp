@@ -77,7 +77,7 @@ struct World {
       pointers.push_back(reinterpret_cast<int64_t>(memory.back().get()));
     }
   }
-  Channel channel(int rank, uint32_t* report, double timeout_s = 20) const {
+  Channel channel(int rank, uint32_t* report, double timeout_s = 10) const {
     return {pointers.data(), rank, world, kSlotBytes, static_cast<uint64_t>(timeout_s * 1e9), report};
   }
 };
@@ -203,34 +203,89 @@ void zero_step(const Channel& channel, uint32_t call) {
   }
 }
 
-// Every rank sends to the next and receives from the one before, through three slots.
-void ring(const Channel& channel, uint32_t call) {
-  const int next = (channel.rank + 1) % channel.world, last = (channel.rank + channel.world - 1) % channel.world;
+void send_message(const Channel& channel, int peer, uint32_t call) {
   const int64_t n = numel_of(call, channel.world);
   const std::vector<float> x = payload<float>(call, channel.rank, n);
-  RingSendParams send{Ring{channel, next, call, 3}, {}};
+  RingSendParams send{Ring{channel, peer, call, 3}, {}};
   send.header.ndim = 1, send.header.sizes[0] = n;
   launch(ring_gate_kernel, dim3(1), dim3(1), 0, nullptr, send, true);
-  copy_async(reinterpret_cast<char*>(channel.pointers[next]) + send.ring.offset() + 64, x.data(), x.size() * 4, nullptr);
+  char* slot = reinterpret_cast<char*>(channel.pointers[peer]) + send.ring.offset();
+  copy_async(slot + sizeof(RingHeader), x.data(), x.size() * 4, nullptr);
   launch(ring_publish_kernel, dim3(1), dim3(1), 0, nullptr, send, false);
+}
+
+void receive_message(const Channel& channel, int peer, uint32_t call) {
+  const int64_t n = numel_of(call, channel.world);
   RingHeader header{};
-  const Ring mine{channel, last, call, 3};
-  launch(ring_wait_kernel, dim3(1), dim3(1), 0, nullptr, RingRecvParams{mine, &header}, true);
-  const char* slot = reinterpret_cast<const char*>(channel.pointers[channel.rank]) + mine.offset();
+  const Ring ring{channel, peer, call, 3};
+  launch(ring_wait_kernel, dim3(1), dim3(1), 0, nullptr, RingRecvParams{ring, &header}, true);
+  const char* slot = reinterpret_cast<const char*>(channel.pointers[channel.rank]) + ring.offset();
   expect(header.sizes[0] == n, "size", channel.rank, call, header.sizes[0]);
   for (int64_t i = 0; i < n; ++i) {
     float y;
-    std::memcpy(&y, slot + 64 + 4 * i, 4);
-    expect(same(y, number(call, last, i)), "message", channel.rank, call, i);
+    std::memcpy(&y, slot + sizeof(RingHeader) + 4 * i, 4);
+    expect(same(y, number(call, peer, i)), "message", channel.rank, call, i);
   }
-  launch(ring_credit_kernel, dim3(1), dim3(1), 0, nullptr, RingRecvParams{mine, nullptr}, false);
+  launch(ring_credit_kernel, dim3(1), dim3(1), 0, nullptr, RingRecvParams{ring, nullptr}, false);
+}
+
+// Every rank sends to the next and receives from the one before, through three slots.
+void ring(const Channel& channel, uint32_t call) {
+  send_message(channel, (channel.rank + 1) % channel.world, call);
+  receive_message(channel, (channel.rank + channel.world - 1) % channel.world, call);
+}
+
+// Rank 0 only sends, rank 1 only receives: nothing but credits keeps the one from overtaking the other.
+void pipe(const Channel& channel, uint32_t call) {
+  if (channel.rank == 0) send_message(channel, 1, call);
+  if (channel.rank == 1) receive_message(channel, 0, call);
+}
+
+// Rank 0 gives to all, and waits for nobody's data. In the collectives every rank waits for every other in each call,
+// so that no one is two calls ahead; here nothing but the gate sees to that.
+struct OneWayParams {
+  const float* x;
+  float* out;
+  int64_t num;
+  Channel channel;
+};
+
+void one_way_kernel(OneWayParams p) {
+  const Channel& channel = p.channel;
+  const uint32_t call = this_call(channel);
+  const int block = static_cast<int>(blockIdx.x);
+  const Run run = part_of<float>(p.num, block, static_cast<int>(gridDim.x));
+  if (channel.rank == 0) {
+    gate(channel, call);
+    for (int peer = 1; peer < channel.world; ++peer) {
+      copy_run(slot_of<float>(channel, peer, call) + run.begin, p.x + run.begin, run.num);
+    }
+    publish(channel, block, call);
+  } else {
+    if (threadIdx.x == 0) {
+      wait_flag(channel, full_flag(channel, channel.rank, 0, block, call), call, kNoData, 0, block, call);
+    }
+    __syncthreads();
+    copy_run(p.out + run.begin, slot_of<float>(channel, channel.rank, call) + run.begin, run.num);
+  }
+  finish(channel, call);
+}
+
+void one_way(const Channel& channel, uint32_t call) {
+  const int64_t n = numel_of(call, channel.world);
+  const std::vector<float> x = payload<float>(call, 0, n);
+  std::vector<float> out(x.size());
+  launch(one_way_kernel, kGrid, kBlock, 0, nullptr, OneWayParams{x.data(), out.data(), n, channel}, true);
+  if (channel.rank == 0) return;
+  for (size_t i = 0; i < x.size(); ++i) expect(same(out[i], x[i]), "number", channel.rank, call, static_cast<int64_t>(i));
 }
 
 using Scenario = void (*)(const Channel&, uint32_t);
 const std::map<std::string, Scenario> kScenarios{
     {"one_shot", one_shot},     {"two_shot", two_shot},         {"reduce_scatter", reduce_scatter},
     {"all_gather", all_gather}, {"copied", copied},             {"zero_scatter", zero_scatter},
-    {"zero_step", zero_step},   {"ring", ring},
+    {"zero_step", zero_step},   {"ring", ring},                 {"pipe", pipe},
+    {"one_way", one_way},
 };
 
 // The last rank makes no second call. Rank 0 gives up after 0.3 s, the others would wait for long; all must end with an
