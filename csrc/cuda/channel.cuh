@@ -14,7 +14,7 @@ namespace pypar {
 inline constexpr int kHeaderWords = 16;
 inline constexpr int kChunks = 256;  // flags for each source and parity
 inline constexpr int kMaxRanks = 64;
-enum Word : int { kEpoch, kDone, kAbort, kError, kErrorRank, kErrorIndex, kErrorCall };
+enum Word : int { kEpoch, kDone, kAbort, kError, kErrorRank, kErrorIndex, kErrorCall, kClaimed };
 enum Code : uint32_t { kNoData = 1, kNoSlot = 2, kStopped = 3 };
 // In the abort word: this plus the rank that was waited for in vain. 1 says nothing more.
 inline constexpr uint32_t kAbortFor = 256;
@@ -61,6 +61,14 @@ __device__ inline bool reached(uint32_t value, uint32_t target) { return static_
 // The number of the call that runs now: one more than those that are over.
 __device__ inline uint32_t this_call(const Channel& channel) { return words_of(channel, channel.rank)[kEpoch] + 1; }
 
+// For the first thread of this rank that ends a kernel; the others find its claim, and wait until it must have written,
+// since a trap of theirs would cut it off.
+__device__ inline bool claim(const Channel& channel) {
+  if (set_once_gpu(words_of(channel, channel.rank) + kClaimed, 1) == 0) return true;
+  for (int i = 0; i < 10000; ++i) nap();
+  return false;
+}
+
 __device__ inline void write_report(const Channel& channel, uint32_t code, int rank, int index, uint32_t call) {
   if (channel.report == nullptr) return;
   channel.report[1] = static_cast<uint32_t>(rank);
@@ -72,13 +80,12 @@ __device__ inline void write_report(const Channel& channel, uint32_t code, int r
 // Says why in this rank's channel and in the host's report, tells every peer, and ends the kernel.
 __device__ inline void give_up(const Channel& channel, uint32_t code, int peer, int index, uint32_t call) {
   uint32_t* mine = words_of(channel, channel.rank);
-  if (set_once_gpu(mine + kError, code) == 0) {
+  if (claim(channel)) {
+    mine[kError] = code;
     mine[kErrorRank] = static_cast<uint32_t>(peer);
     mine[kErrorIndex] = static_cast<uint32_t>(index);
     mine[kErrorCall] = call;
     write_report(channel, code, peer, index, call);
-  } else {
-    for (int i = 0; i < 10000; ++i) nap();  // the trap would cut off the thread that writes
   }
   for (int r = 0; r < channel.world; ++r) {
     store_release_sys(words_of(channel, r) + kAbort, kAbortFor + static_cast<uint32_t>(peer));
@@ -97,7 +104,8 @@ struct Patience {
     if (++looks % 16 != 0) return;  // the clock and the abort word cost more than the flag
     const uint32_t abort = load_relaxed_sys(words_of(channel, channel.rank) + kAbort);
     if (abort != 0) {
-      write_report(channel, kStopped, abort >= kAbortFor ? static_cast<int>(abort - kAbortFor) : -1, index, call);
+      const int culprit = abort >= kAbortFor ? static_cast<int>(abort - kAbortFor) : -1;
+      if (claim(channel)) write_report(channel, kStopped, culprit, index, call);
       fence_sys();
       trap();
     }

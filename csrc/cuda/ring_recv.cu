@@ -16,8 +16,8 @@ int64_t ring_recv(at::Tensor& header, int64_t piece, int64_t num_slots, int64_t 
   constexpr const char* kOp = "ring_recv";
   const Ring ring = ring_from(kOp, pointers, rank, peer, piece, num_slots, slot_bytes, timeout_s, report);
   check_numel(kOp, "header", header, at::kByte, sizeof(RingHeader));
-  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(header.const_data_ptr()) % 64 == 0, kOp,
-                    ": header isn't aligned to 64 bytes");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(header.const_data_ptr()) % 16 == 0, kOp,
+                    ": header isn't aligned to 16 bytes");
   const DeviceGuard guard(pointers.device());
   const RingRecvParams params{ring, static_cast<RingHeader*>(header.mutable_data_ptr())};
   launch(ring_wait_kernel, dim3(1), dim3(1), 0, current_stream(pointers), params, true);

@@ -13,7 +13,7 @@ namespace pypar {
 inline constexpr int kHeaderDims = 7;
 
 // Travels in front of the data, so that shapes may change from message to message.
-struct alignas(64) RingHeader {
+struct alignas(16) RingHeader {
   uint8_t type;  // at::ScalarType
   uint8_t ndim;
   uint8_t unused[2];

@@ -53,7 +53,7 @@ struct ToScaledShard {
   }
 };
 
-// Of a block: the sum of every thread's x, in an order that depends on the block's size only; in thread 0.
+// Of a block: the sum of every thread's x, in an order that depends on the block's size only; for thread 0.
 __device__ inline double sum_of_block(double x) {
   double* sums = dynamic_shared<double>();
   sums[threadIdx.x] = x;
@@ -61,7 +61,7 @@ __device__ inline double sum_of_block(double x) {
     __syncthreads();
     if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
   }
-  return sums[0];
+  return threadIdx.x == 0 ? sums[0] : 0;
 }
 
 // blockDim.x is a power of 2, with one double of dynamic shared memory a thread.

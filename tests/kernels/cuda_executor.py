@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,3 +50,27 @@ def channel(group: torch.distributed.ProcessGroup, name: str, slot_bytes: int):
 
     made = channel_of(group, name, slot_bytes, "cpu")
     return made, (made.pointers, made.rank, made.slot_bytes)
+
+
+SANITIZERS = {"plain": [], "races": ["-fsanitize=thread"], "memory": ["-fsanitize=address,undefined"]}
+
+
+def build_ranks(folder: Path, sanitizer: str, mutated: Path | None = None) -> Path:
+    """The program ranks_as_threads. mutated: a folder of changed headers, found before all others."""
+    executor = "executor_fibers" if sanitizer == "plain" else "executor_threads"  # sanitizers understand threads only
+    program = folder / f"ranks_{sanitizer}"
+    command = [str(COMPILER), *FLAGS, "-g1", "-pthread", *SANITIZERS[sanitizer]]
+    command += [f"-I{path}" for path in ([mutated] if mutated else []) + INCLUDES]
+    command += [str(EMULATION / f"{name}.cpp") for name in ("ranks_as_threads", executor)]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    if "cannot find -l" in done.stderr:
+        pytest.skip(f"this compiler has no runtime for {SANITIZERS[sanitizer]}")
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def run_program(program: Path, scenario: str, world: int, calls: int, stalls: str = "") -> tuple[int, str]:
+    environment = {**os.environ, "PYPAR_EMULATION_STALLS": stalls, "UBSAN_OPTIONS": "halt_on_error=1"}
+    command = [str(program), scenario, str(world), str(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    return done.returncode, done.stdout + done.stderr

@@ -86,9 +86,9 @@ void run(const Launch& launch, bool co_resident, const std::function<void()>& ke
           is_trapped = &trapped;
           try {
             kernel();
-          } catch (const Trapped&) {
+            block.barrier->leave();
+          } catch (const Trapped&) {  // nobody of the block gets past a barrier any more
           }
-          block.barrier->leave();
         });
       }
     }
