@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .matmul_parts import arrive, check_additions, part_of, scaled, sum_of_parts, wait_for_parts
 from .matmul_tile import (
     CHUNKS,
     TYPES,
@@ -19,6 +20,7 @@ from .matmul_tile import (
     check_bytes,
     check_operands,
     config_on,
+    flag_tiles_of,
     let_descriptors_allocate,
     product,
     programs_of,
@@ -32,36 +34,7 @@ from .matmul_tile import (
     weight_of,
     with_rows_in_line,
 )
-from .signal import finish, full_flag, publish, slot_of, this_call, wait, wait_empty, words_of
-
-ACTIVATIONS = ("", "relu", "gelu", "silu")
-
-
-@triton.jit
-def part_of(
-    words, source, rows_max, N, call, slot_bytes, DTYPE: tl.constexpr, WORLD: tl.constexpr, CHUNKS: tl.constexpr
-):
-    """Where `source` puts its share of the rows that the owner of the channel holds: [rows_max, N] in the slot."""
-    slot = slot_of(words, call, slot_bytes, WORLD, CHUNKS).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(slot, 16) + tl.cast(source, tl.int64) * rows_max * N
-
-
-@triton.jit
-def scaled(total, x_scale, w_scale, SCALED: tl.constexpr):
-    if SCALED:
-        total = total * (tl.load(x_scale) * tl.load(w_scale))
-    return total
-
-
-@triton.jit
-def arrive(counter, expected):
-    """Whether this program is the last of `expected` to come here with its stores done: what the others stored comes
-    before what it does next. The counter is 0 again for the next call."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1 == expected
-    if last:
-        tl.store(counter, 0)
-    return last
+from .signal import finish, full_flag, publish, this_call, wait_empty, words_of
 
 
 @triton.jit
@@ -100,10 +73,7 @@ def matmul_to_owners(
     """A flag stands for `flag_tiles` tiles of rows; whoever stores the last tile of them raises it."""
     call = this_call(words_of(pointers, rank))
     free = wait_empty(pointers, rank, call, polls, WORLD, CHUNKS)
-    if X_TMA:
-        xs = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
-    else:
-        xs = x
+    xs = tl.make_tensor_descriptor(x, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K]) if X_TMA else x
     ws = weight_of(w, N, K, stride_n, stride_k, BLOCK_N, BLOCK_K, W_TMA)
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -147,67 +117,8 @@ def matmul_to_owners(
         tl.store(part + m.to(tl.int64)[:, None] * N + n[None, :], value, (m < count)[:, None] & (n < N)[None, :] & free)
         block = tile_m // flag_tiles
         expected = tl.minimum(tiles_m - block * flag_tiles, flag_tiles) * tiles_n
-        if arrive(counters + owner * CHUNKS + block, expected):
+        if arrive(counters + owner * CHUNKS + block, expected, free):
             publish(full_flag(there, rank, block, call, WORLD, CHUNKS), call)
-
-
-@triton.jit
-def activated(value, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        value = tl.where(value < 0, 0.0, value)  # a NaN stays
-    elif ACTIVATION == "gelu":
-        value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        value = value / (1 + tl.exp(-value))
-    return value
-
-
-@triton.jit
-def sum_of_parts(
-    words,
-    m,
-    n,
-    mask,
-    bias,
-    residual,
-    stride_residual,
-    rows_max,
-    N,
-    call,
-    slot_bytes,
-    DTYPE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    WORLD: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
-    """Rows m of the shares of all sources in rank order, then bias, residual, activation, in float32; rounded once.
-
-    bias [N]; residual: its first row is row 0 of m.
-    """
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    part = part_of(words, 0, rows_max, N, call, slot_bytes, DTYPE, WORLD, CHUNKS)
-    total = tl.load(part + at, mask, other=0.0).to(tl.float32)
-    for source in range(1, WORLD):
-        part = part_of(words, source, rows_max, N, call, slot_bytes, DTYPE, WORLD, CHUNKS)
-        total += tl.load(part + at, mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias + n[None, :], mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        at = m.to(tl.int64)[:, None] * stride_residual + n[None, :]
-        total += tl.load(residual + at, mask, other=0.0).to(tl.float32)
-    return activated(total, ACTIVATION).to(DTYPE)
-
-
-@triton.jit
-def wait_for_parts(words, block, call, pointers, rank, polls, WORLD: tl.constexpr, CHUNKS: tl.constexpr):
-    """Pairs with the publish of matmul_to_owners at every source."""
-    there = True
-    for source in range(WORLD):
-        flag = full_flag(words, source, block, call, WORLD, CHUNKS)
-        there = there & wait(flag, call, pointers, rank, 1, source, block, polls, WORLD)
-    return there
 
 
 @triton.jit
@@ -275,22 +186,6 @@ def matmul_reduce_scatter_bytes(
 ) -> int:
     """Of a slot that such a call needs; dtype: of the result."""
     return world_size * max(rows_by_rank(M, world_size, splits)) * N * dtype.itemsize
-
-
-def flag_tiles_of(rows_max: int, block_m: int, most: int = CHUNKS) -> int:
-    """Tiles of rows behind one flag: one, or what it takes for `most` flags to do."""
-    return max(1, -(-rows_max // (block_m * most)))
-
-
-def check_additions(
-    name: str, shape: tuple[int, int], bias: torch.Tensor | None, residual: torch.Tensor | None, activation: str
-) -> None:
-    if bias is not None and (bias.shape != shape[1:] or not bias.is_contiguous()):
-        raise ValueError(f"{name}: bias is {list(bias.shape)}, expected [{shape[1]}] without gaps")
-    if residual is not None and (residual.shape != shape or (residual.numel() and residual.stride(1) != 1)):
-        raise ValueError(f"{name}: residual is {list(residual.shape)}, expected {list(shape)}, columns in line")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation {activation!r} is none of {', '.join(map(repr, ACTIVATIONS))}")
 
 
 def multiply_for_owners(
@@ -367,8 +262,8 @@ def matmul_reduce_scatter(
 
     x [M, K_r]; w [N, K_r], any strides; bias [N], residual [M_r, N]. float8_e4m3fn operands: x_scale and w_scale, one
     float32 each. Shares are rounded to the dtype of y, added in float32 in rank order, rounded once.
-    pointers, slot_bytes: of a channel that this op alone uses. A wait ends after `polls` looks; then y holds nothing new
-    and the channel's check() raises.
+    pointers, slot_bytes: of a channel that this op alone uses. A wait ends after `polls` looks; then nothing more is
+    written to y, and the channel's check() raises.
     """
     name = "matmul_reduce_scatter"
     check_operands(name, x, w, (x_scale, w_scale))

@@ -1,8 +1,8 @@
 """One tile of x [M, K] @ w [N, K].T, in the order that L2 likes, and what the fused matmuls' launchers share.
 
-TMA descriptors are for operands that this rank alone wrote, in earlier kernels: a read through the async proxy of what a
-peer stores while the kernel runs needs a proxy fence, which Triton has no word for. For the same reason nothing is
-stored to a peer by TMA: Triton waits until the source may be reused, not until the bytes are visible.
+TMA descriptors are for operands that earlier kernels of this rank wrote: to read through the async proxy what a peer
+stores while the kernel runs takes a proxy fence, which Triton has no word for. Stores to peers are plain ones of 16
+bytes, which the release of the flag covers.
 """
 
 from __future__ import annotations
@@ -107,6 +107,10 @@ class Config:
     rows: int = 16
     cols: int = 512
 
+    def __post_init__(self) -> None:
+        if self.block_m % self.rows:
+            raise ValueError(f"rows {self.rows} of the adding kernels don't divide block_m {self.block_m}")
+
 
 @functools.cache
 def config_for(dtype: torch.dtype, capability: int) -> Config:
@@ -143,9 +147,14 @@ def rows_by_rank(M: int, world_size: int, splits: Sequence[int] | None) -> tuple
     return tuple(max(0, min(each, M - r * each)) for r in range(world_size))
 
 
+def flag_tiles_of(rows_max: int, block_m: int, most: int = CHUNKS) -> int:
+    """Tiles of rows behind one flag: one, or what it takes for `most` flags to do."""
+    return max(1, -(-rows_max // (block_m * most)))
+
+
 @functools.lru_cache(maxsize=256)
 def starts_table(rows: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 [world_size + 1]: the first row of each rank, and the end. Kept, so that a captured graph copies nothing."""
+    """int32 [world_size + 1]: the first row of each rank, and the end. Kept: a captured graph copies nothing."""
     starts = [0]
     for count in rows:
         starts.append(starts[-1] + count)
