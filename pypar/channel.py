@@ -77,9 +77,10 @@ class Channel:
 
     def _raise(self, code: int, rank: int, index: int, call: int) -> None:
         peer = f"rank {self.ranks[rank]}" if 0 <= rank < self.world_size else "a rank that they name"
+        span = "" if code == 3 else f", {self.timeout_s:g} s long"
         raise PeerError(
             f"{self.name}, call {call}: rank {self.ranks[self.rank]} {ERRORS.get(code, f'failed with code {code} at')} "
-            f"{peer} (piece {index}), {self.timeout_s:g} s long: did that rank make the same call, and is it alive?"
+            f"{peer} (piece {index}){span}: did that rank make the same call, and is it alive?"
         )
 
 

@@ -79,9 +79,9 @@ def test_every_rank_names_the_one_that_does_not_call(op, calls_before):
         assert 0.3 < taken < 10
     assert f"{op}, call {call}: rank 0 waited for the data of rank 2" in first[1]
     assert first[2][:2] == [1, ABSENT] and first[2][3] == call
-    assert f"{op}, call {call}: another rank gave up waiting for rank 2; this one, 1, stopped with it" in told[1]
+    assert f"{op}, call {call}: rank 1 stopped with the others, who waited for rank 2" in told[1]
     assert told[2][:2] == [3, ABSENT]
-    assert f"{op}, call {call}: another rank gave up waiting for rank 2; this one, 2" in culprit[1]
+    assert f"{op}, call {call}: rank 2 stopped with the others" in culprit[1]
     assert culprit[2] == [0, 0, 0, 0]
 
 
