@@ -13,6 +13,10 @@ import torch.distributed as dist
 from torch.utils import _pytree as pytree
 
 from pypar import backend, symmetric
+from pypar.ops.gpu.reach import reachable
+from pypar.ops.gpu.ring import PeerRing
+from pypar.ops.gpu.run import cuda_kernels
+from pypar.reference.collectives import device_of
 from pypar.reference.ring_recv import receive
 from pypar.reference.ring_send import start_send
 
@@ -88,7 +92,7 @@ class RemoteRing:
     def send(self, tensors: Sequence[torch.Tensor], tag: int = 0) -> None:
         while len(self._under_way) >= self.edge.num_slots:
             self._wait(self._under_way.popleft())
-        own = [x.detach().clone() for x in tensors]  # they may change while they travel
+        own = [x.detach().to(device_of(self.group), copy=True) for x in tensors]  # they may change while they travel
         self._under_way.append(start_send(own, tag, self.peer, self.group))
 
     def _wait(self, parts: list[tuple[Any, Any]]) -> None:
@@ -99,7 +103,7 @@ class RemoteRing:
         return receive(self.peer, self.group)
 
     def empty(self, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype)
+        return torch.empty(sizes, dtype=dtype, device=device_of(self.group))
 
     def finish(self) -> None:
         while self._under_way:
@@ -119,6 +123,10 @@ def make_rings(edges: Sequence[Edge], group: dist.ProcessGroup) -> dict[int, Rin
                 f"are 1 to {MAX_SLOTS}, of 128 bytes or more"
             )
     here = {i: e for i, e in enumerate(edges) if rank in (e.src, e.dst)}
+    device = device_of(group)
+    if edges and device.type == "cuda" and cuda_kernels("ring_send") is not None and reachable(group, device):
+        made = [PeerRing(e.src, e.dst, e.num_slots, e.slot_bytes, group, device) for e in edges]  # collective
+        return {i: made[i] for i in here}
     if not edges or not symmetric.shares_memory(group):
         return {i: RemoteRing(e, group) for i, e in here.items()}
     ends = [0] * world  # of what each rank's edges take so far
@@ -171,7 +179,7 @@ class Channel:
         while tag not in self._early:
             tensors, number = self.ring.recv()
             if number % 2:
-                kinds, spec = pickle.loads(tensors.pop().numpy().tobytes())
+                kinds, spec = pickle.loads(tensors.pop().cpu().numpy().tobytes())
                 self._received = (kinds, pytree.treespec_loads(spec))
             kinds, spec = self._received
             rest = iter(tensors)
