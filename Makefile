@@ -13,7 +13,7 @@ CUDA_SOURCES := build/cuda-src
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 FORMATTED := $(shell git ls-files '*.h' '*.cpp' '*.c' '*.cu' '*.cuh')
 
-.PHONY: install train test verify-matrix check bench sanitize cuda-build gpu clean
+.PHONY: install train test verify-matrix check bench sanitize cuda-build gpu kernels-full clean
 
 install: $(BUILT)
 
@@ -70,6 +70,9 @@ cuda-build: $(CUDA_VENV)/.installed  ## compiles, links and imports the CUDA par
 	git ls-files -z | xargs -0 cp -du --preserve=timestamps --parents -t $(CUDA_SOURCES)
 	PYPAR_CUDA=1 $(CUDA_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps ./$(CUDA_SOURCES)
 	cd build && ../$(CUDA_VENV)/bin/python ../tests/kernels/import_cuda.py
+
+kernels-full: install  ## the GPU kernels on CPU ranks: more ranks and rounds than `make test` has
+	PYPAR_KERNELS_FULL=1 $(BIN)/python -m pytest tests/kernels
 
 gpu: install  ## on a machine with GPUs: suite, compute-sanitizer, times, one report in bench/results/gpu
 	$(BIN)/python -m bench.gpu

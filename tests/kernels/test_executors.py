@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from typing import Any
@@ -14,6 +15,8 @@ from kernels.executors import EXECUTORS
 
 from pypar.testing import run_ranks
 
+FULL = os.environ.get("PYPAR_KERNELS_FULL") == "1"  # make kernels-full
+ROUNDS = 20 if FULL else 2
 SIZES = {"zero_step": (1, 129, 4099)}
 DTYPES = {op: (torch.float32, torch.bfloat16, torch.float16) for op in CASES} | {"zero_step": (torch.float32,)}
 CELLS = [(name, op) for name, executor in EXECUTORS.items() for op in executor.ops if op in CASES]
@@ -61,13 +64,13 @@ def needs(name: str, world: int) -> None:
         pytest.skip(f"{name}: {why}")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), *([4] if FULL else [])])
 @pytest.mark.parametrize(("name", "op"), CELLS, ids=[f"{name}-{op}" for name, op in CELLS])
 def test_bits_of_plain_torch(name, op, world, monkeypatch):
     needs(name, world)
     for key, value in EXECUTORS[name].environment:
         monkeypatch.setenv(key, value)
-    results = run_ranks(run_cases, world, name, op, 2, backend=EXECUTORS[name].backend, limit_s=280)
+    results = run_ranks(run_cases, world, name, op, ROUNDS, backend=EXECUTORS[name].backend, limit_s=280)
     if op in ("all_reduce", "matmul_all_reduce"):
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), "ranks hold other bits"
