@@ -16,6 +16,7 @@ from pypar.pipeline_parallel.ring import Channel
 from pypar.pipeline_parallel.schedule import Action, Schedule
 from pypar.pipeline_parallel.stage import Payload, Stages
 from pypar.pipeline_parallel.weight_grads import WeightQueue
+from pypar.reference.collectives import device_of
 
 Key = tuple[int, int]  # (stage, micro-batch)
 
@@ -148,7 +149,7 @@ def abort(group: dist.ProcessGroup, who: str, error: BaseException) -> None:
     what."""
     notes = "; ".join(getattr(error, "__notes__", []))
     reason = f"{who} raised {type(error).__name__}: {error}" + (f" ({notes})" if notes else "")
-    served: Any = group._get_backend(torch.device("cpu"))
+    served: Any = group._get_backend(device_of(group))
     served = getattr(served, "wrapped_pg", served)
     if hasattr(served, "end"):
         served.end(reason)

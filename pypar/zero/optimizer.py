@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pypar import ops
+from pypar.ops.gpu.run import cuda_kernels
 from pypar.zero import state
 from pypar.zero.flat import FlatParameters
 from pypar.zero.offload import Offload
@@ -229,9 +230,10 @@ def _check_elementwise(kind: type) -> None:
 
 
 def _is_adam(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether zero_step does what this group asks for."""
+    """Whether zero_step does what this group asks for, with a kernel."""
+    devices = ("cpu", "cuda") if cuda_kernels("zero_step") is not None else ("cpu",)
     return type(optimizer) in (torch.optim.AdamW, torch.optim.Adam) and all(
-        piece.dtype == torch.float32 and piece.device.type == "cpu" for piece in group["params"]
+        piece.dtype == torch.float32 and piece.device.type in devices for piece in group["params"]
     )
 
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from pypar import ops, symmetric
 from pypar.gradients.buckets import Slot
 from pypar.gradients.reducer import Reducer
+from pypar.ops.gpu.reach import reachable
+from pypar.ops.gpu.run import cuda_kernels
 from pypar.zero.flat import FlatParameters
 
 MEMORIES = 3  # of units' gradients at a time, at stages 2 and 3: one that fills up, one that is reduced, one to spare
@@ -98,7 +100,10 @@ class ShardReducer(Reducer):
         self.has_gradient: set[int] = set()  # indices of the slots that got one on some rank, since zero_grad
         named = [(n, p) for flat in flats for n, p in zip(flat.names, flat.parameters, strict=True)]
         super().__init__(named, group, 0, 0, find_unused, static_graph=False)
-        self.in_place = symmetric.shares_memory(group, self.slots[0].param.device)
+        device = self.slots[0].param.device
+        self.in_place = symmetric.shares_memory(group, device)
+        # On a GPU: where the kernel reaches the peers' gradients. Elsewhere a sum of copies is less traffic.
+        self.scatters = device.type == "cpu" or (cuda_kernels("zero_scatter") is not None and reachable(group, device))
         if not keeps_full:
             this = weakref.ref(self)
             for slot in self.slots:
@@ -175,7 +180,7 @@ class ShardReducer(Reducer):
         flat, tensor = bucket.parameters, bucket.flat
         assert tensor is not None
         adds = bucket.has_shard and not self.keeps_full
-        if bucket.is_wide and flat.device.type == "cpu":
+        if bucket.is_wide and self.scatters:
             part = bucket.shard if self.replicas is None else torch.empty_like(bucket.shard)
             bucket.squares = ops.zero_scatter(
                 part,
