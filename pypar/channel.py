@@ -21,7 +21,7 @@ class ChannelError(RuntimeError):
 
 
 def data_offset(world_size: int, chunks: int = CHUNKS) -> int:
-    """Bytes before the slots: the header, full[2][world_size][chunks], empty[2][world_size], up to a multiple of 256."""
+    """Bytes before the slots: the header, full[2][world_size][chunks], empty[2][world_size], to a multiple of 256."""
     words = HEADER_WORDS + 2 * world_size * chunks + 2 * world_size
     return -(-4 * words // 256) * 256
 

@@ -53,12 +53,18 @@ __global__ void all_gather_kernel(const __grid_constant__ AllGatherParams p) {
 }
 
 // One block, behind the copies on their stream, so that these are over: tells the peers.
-[[maybe_unused]] static __global__ void publish_kernel(const __grid_constant__ Channel channel) { publish(channel, 0, this_call(channel)); }
+[[maybe_unused]] static __global__ void publish_kernel(const __grid_constant__ Channel channel) {
+  publish(channel, 0, this_call(channel));
+}
 
 // One block: the shards of all ranks are in this rank's first slot.
-[[maybe_unused]] static __global__ void wait_kernel(const __grid_constant__ Channel channel) { wait(channel, 0, this_call(channel)); }
+[[maybe_unused]] static __global__ void wait_kernel(const __grid_constant__ Channel channel) {
+  wait(channel, 0, this_call(channel));
+}
 
 // One block, behind the last reader of the slot on its stream.
-[[maybe_unused]] static __global__ void finish_kernel(const __grid_constant__ Channel channel) { finish(channel, this_call(channel)); }
+[[maybe_unused]] static __global__ void finish_kernel(const __grid_constant__ Channel channel) {
+  finish(channel, this_call(channel));
+}
 
 }  // namespace pypar

@@ -15,8 +15,7 @@ struct Gather {
 };
 
 inline Gather gather_from(const char* op, const at::Tensor& shard, at::IntArrayRef sizes, const at::Tensor& pointers,
-                          int64_t rank, int64_t slot_bytes, double timeout_s,
-                          const std::optional<at::Tensor>& report) {
+                          int64_t rank, int64_t slot_bytes, double timeout_s, const std::optional<at::Tensor>& report) {
   check_like(op, "shard", shard, shard), check_like(op, "pointers", pointers, shard);
   const Channel channel = channel_from(op, pointers, rank, slot_bytes, timeout_s, report);
   const Cuts cuts = cuts_from(op, channel, sizes);

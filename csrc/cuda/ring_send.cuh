@@ -2,8 +2,8 @@
 //
 // A ring is a channel of its own for two ranks; both directions may use it. Its two slots are one area, cut for
 // num_slots messages. Piece n, counted from 1 by both sides, lies in slot (n - 1) % num_slots: a header of 64 bytes and
-// the data. The receiver's full[0][sender][slot] becomes n when the piece is there, the sender's full[1][receiver][slot]
-// when it is given back: its credit. The done and epoch words and the empty flags are not used.
+// the data. The receiver's full[0][sender][slot] becomes n when the piece is there, the sender's
+// full[1][receiver][slot] when it is given back: its credit. The done and epoch words and the empty flags are not used.
 #pragma once
 
 #include "cuda/channel.cuh"

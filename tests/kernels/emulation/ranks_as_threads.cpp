@@ -191,8 +191,8 @@ void zero_step(const Channel& channel, uint32_t call) {
   std::vector<Bf16> low(num);
   // Without decay and with these moments a first step is the sign of the gradient, whatever its size.
   const AdamWFactors factors{1, 0, 0.99f, 1e-20f, 0.1f, 0.01f, 1, 0.1f, 1, true, false};
-  const ZeroStepParams params{param.data(), m.data(), v.data(), nullptr, grad.data(), low.data(),
-                              nullptr,      cuts,     factors,  channel};
+  const ZeroStepParams params{param.data(), m.data(), v.data(), nullptr, grad.data(),
+                              low.data(),   nullptr,  cuts,     factors, channel};
   launch(zero_step_kernel<Bf16>, kGrid, kBlock, 0, nullptr, params, true);
   for (size_t i = 0; i < num; ++i) {
     const float sum = expected_sum<Bf16>(call, channel.world, cuts.begin[channel.rank] + static_cast<int64_t>(i));
@@ -277,14 +277,15 @@ void one_way(const Channel& channel, uint32_t call) {
   std::vector<float> out(x.size());
   launch(one_way_kernel, kGrid, kBlock, 0, nullptr, OneWayParams{x.data(), out.data(), n, channel}, true);
   if (channel.rank == 0) return;
-  for (size_t i = 0; i < x.size(); ++i) expect(same(out[i], x[i]), "number", channel.rank, call, static_cast<int64_t>(i));
+  for (size_t i = 0; i < x.size(); ++i)
+    expect(same(out[i], x[i]), "number", channel.rank, call, static_cast<int64_t>(i));
 }
 
 using Scenario = void (*)(const Channel&, uint32_t);
 const std::map<std::string, Scenario> kScenarios{
-    {"one_shot", one_shot},     {"two_shot", two_shot},         {"reduce_scatter", reduce_scatter},
-    {"all_gather", all_gather}, {"copied", copied},             {"zero_scatter", zero_scatter},
-    {"zero_step", zero_step},   {"ring", ring},                 {"pipe", pipe},
+    {"one_shot", one_shot},     {"two_shot", two_shot}, {"reduce_scatter", reduce_scatter},
+    {"all_gather", all_gather}, {"copied", copied},     {"zero_scatter", zero_scatter},
+    {"zero_step", zero_step},   {"ring", ring},         {"pipe", pipe},
     {"one_way", one_way},
 };
 
