@@ -132,6 +132,26 @@ MUTATIONS = [
         "race",
     ),
     Mutation(
+        "copies are signalled before they are made",
+        KERNELS,
+        "cuda/all_gather.cuh",
+        "launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);",
+        "launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);\n"
+        "  launch(publish_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);",
+        "copied",
+        "race",
+    ),
+    Mutation(
+        "a message is signalled before it is copied",
+        KERNELS,
+        "cuda/ring_send.cuh",
+        "launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);",
+        "launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);\n"
+        "  launch(ring_publish_kernel, dim3(1), dim3(1), 0, stream, params, false);",
+        "ring",
+        "race",
+    ),
+    Mutation(
         "a slot is given back before it was read",
         KERNELS,
         "cuda/channel.cuh",
@@ -284,8 +304,8 @@ if __name__ == "__main__":  # writes the table
     TABLE.write_text(
         "# Mistakes that the tests of csrc/cuda notice\n\n"
         "Written by `python tests/kernels/test_cuda_emulated_mutations.py`, whose test makes each of these mistakes\n"
-        "in a copy of a header and runs it with ranks as threads under ThreadSanitizer. As: a `race` that it reports, a\n"
-        "wrong `value` in some rank's result, a wrong `end` (a call that ends in an error, or should and does not).\n\n"
+        "in a copy of a header and runs it with ranks as threads under ThreadSanitizer. As: a `race` that it reports,\n"
+        "a wrong `value` of some rank, a wrong `end` (a call that ends in an error, or should and does not).\n\n"
         + rows()
         + "\n"
     )

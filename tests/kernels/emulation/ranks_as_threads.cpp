@@ -148,20 +148,15 @@ void all_gather(const Channel& channel, uint32_t call) {
   check_gathered(channel, full.data(), cuts, call);
 }
 
-// As the launcher of all_gather_copied: copies between kernels, read where they arrive.
+// Read where the copies arrive.
 void copied(const Channel& channel, uint32_t call) {
   const Cuts cuts = cuts_of(numel_of(call, channel.world), channel.world, call);
   const std::vector<float> shard = payload<float>(call, channel.rank, cuts.num(channel.rank));
-  const auto slot = [&](int r) {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(channel.pointers[r]) + slots_offset(channel.world));
-  };
-  launch(gate_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
-  for (int r = 0; r < channel.world; ++r) {
-    copy_async(slot(r) + cuts.begin[channel.rank], shard.data(), shard.size() * 4, nullptr);
-  }
-  launch(publish_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
+  const auto bytes = static_cast<int64_t>(shard.size() * sizeof(float));
+  push_by_copies(channel, shard.data(), cuts.begin[channel.rank] * 4, bytes, channel.pointers, nullptr);
   launch(wait_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
-  check_gathered(channel, slot(channel.rank), cuts, call);
+  const char* slot = first_slot(channel, channel.pointers[channel.rank]);
+  check_gathered(channel, reinterpret_cast<const float*>(slot), cuts, call);
   launch(finish_kernel, dim3(1), dim3(1), 0, nullptr, channel, false);
 }
 
@@ -208,10 +203,7 @@ void send_message(const Channel& channel, int peer, uint32_t call) {
   const std::vector<float> x = payload<float>(call, channel.rank, n);
   RingSendParams send{Ring{channel, peer, call, 3}, {}};
   send.header.ndim = 1, send.header.sizes[0] = n;
-  launch(ring_gate_kernel, dim3(1), dim3(1), 0, nullptr, send, true);
-  char* slot = reinterpret_cast<char*>(channel.pointers[peer]) + send.ring.offset();
-  copy_async(slot + sizeof(RingHeader), x.data(), x.size() * 4, nullptr);
-  launch(ring_publish_kernel, dim3(1), dim3(1), 0, nullptr, send, false);
+  send_by_copy(send, channel.pointers[peer], x.data(), static_cast<int64_t>(x.size() * sizeof(float)), nullptr);
 }
 
 void receive_message(const Channel& channel, int peer, uint32_t call) {
