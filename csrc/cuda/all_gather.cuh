@@ -5,6 +5,7 @@
 #include "cuda/channel.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/reduce_scatter.cuh"
+#include "pypar/launch.cuh"
 
 namespace pypar {
 
@@ -53,12 +54,35 @@ __global__ void all_gather_kernel(const __grid_constant__ AllGatherParams p) {
 }
 
 // One block, behind the copies on their stream, so that these are over: tells the peers.
-[[maybe_unused]] static __global__ void publish_kernel(const __grid_constant__ Channel channel) { publish(channel, 0, this_call(channel)); }
+[[maybe_unused]] static __global__ void publish_kernel(const __grid_constant__ Channel channel) {
+  publish(channel, 0, this_call(channel));
+}
 
 // One block: the shards of all ranks are in this rank's first slot.
-[[maybe_unused]] static __global__ void wait_kernel(const __grid_constant__ Channel channel) { wait(channel, 0, this_call(channel)); }
+[[maybe_unused]] static __global__ void wait_kernel(const __grid_constant__ Channel channel) {
+  wait(channel, 0, this_call(channel));
+}
 
 // One block, behind the last reader of the slot on its stream.
-[[maybe_unused]] static __global__ void finish_kernel(const __grid_constant__ Channel channel) { finish(channel, this_call(channel)); }
+[[maybe_unused]] static __global__ void finish_kernel(const __grid_constant__ Channel channel) {
+  finish(channel, this_call(channel));
+}
+
+// The address of the first slot of the channel at `address`.
+inline char* first_slot(const Channel& channel, int64_t address) {
+  return reinterpret_cast<char*>(address) + slots_offset(channel.world);
+}
+
+// Queues all of that up to wait_kernel: this rank's shard into every rank's first slot, its own included. addresses:
+// the channel's table once more, on the host, since the host queues the copies.
+inline void push_by_copies(const Channel& channel, const void* shard, int64_t begin_bytes, int64_t bytes,
+                           const int64_t* addresses, cudaStream_t stream) {
+  launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);
+  for (int i = channel.world - 1; i >= 0; --i) {  // reverse ring order, as above
+    char* slot = first_slot(channel, addresses[(channel.rank + i) % channel.world]);
+    copy_async(slot + begin_bytes, shard, static_cast<size_t>(bytes), stream);
+  }
+  launch(publish_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);
+}
 
 }  // namespace pypar

@@ -28,7 +28,8 @@ void all_reduce(const at::Tensor& x, at::Tensor& out, const std::string& op, con
     const int64_t world = channel.world;
     // Pairs of 4 bytes and a number; or chunks and results, each chunk up to 15 bytes longer than its share.
     const int64_t words = (bytes + 3) / 4;
-    check_slot(kOp, channel, is_one_shot ? world * 8 * words : 2 * world * chunk_of<T>(x.numel(), channel.world) * sizeof(T));
+    check_slot(kOp, channel,
+               is_one_shot ? world * 8 * words : 2 * world * chunk_of<T>(x.numel(), channel.world) * sizeof(T));
     // A thread takes 4 bytes of a message that is small, 16 of a chunk.
     const int blocks = is_one_shot ? blocks_for(4 * bytes) : blocks_for(bytes / world);
     launch(is_one_shot ? one_shot_all_reduce<T> : two_shot_all_reduce<T>, dim3(blocks), dim3(kThreads), 0,

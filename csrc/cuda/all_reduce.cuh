@@ -15,7 +15,8 @@ struct AllReduceParams {
 };
 
 // 4 bytes travel with the number of their call in one access of 8: no flag, no fence, half the bandwidth. What makes a
-// small message fast, as in NCCL's LL protocol. Slot: [source][words] pairs.
+// small message fast, as in NCCL's LL protocol. Slot: [source][words] pairs. What lies there of earlier calls has other
+// numbers, unless nothing was written to the place for 2^32 calls.
 template <typename T>
 struct Words {
   static constexpr int kElements = sizeof(T) < 4 ? 4 / sizeof(T) : 1;  // that one thread takes

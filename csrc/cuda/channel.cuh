@@ -56,10 +56,14 @@ __device__ T* slot_of(const Channel& channel, int owner, uint32_t call) {
 }
 
 // Modulo 2^32.
-__device__ inline bool reached(uint32_t value, uint32_t target) { return static_cast<int32_t>(value - target) >= 0; }
+__device__ inline bool reached(uint32_t value, uint32_t target) {
+  return static_cast<int32_t>(value - target) >= 0;
+}
 
 // The number of the call that runs now: one more than those that are over.
-__device__ inline uint32_t this_call(const Channel& channel) { return words_of(channel, channel.rank)[kEpoch] + 1; }
+__device__ inline uint32_t this_call(const Channel& channel) {
+  return words_of(channel, channel.rank)[kEpoch] + 1;
+}
 
 // For the first thread of this rank that ends a kernel; the others find its claim, and wait until it must have written,
 // since a trap of theirs would cut it off.
@@ -134,7 +138,9 @@ __device__ inline void gate(const Channel& channel, uint32_t call, uint32_t befo
 }
 
 // With two slots that is the call before the last.
-__device__ inline void gate(const Channel& channel, uint32_t call) { gate(channel, call, call - 2); }
+__device__ inline void gate(const Channel& channel, uint32_t call) {
+  gate(channel, call, call - 2);
+}
 
 // Of a block: tells every peer that this rank's piece `chunk`, which its threads have stored, is there.
 __device__ inline void publish(const Channel& channel, int chunk, uint32_t call) {

@@ -65,14 +65,17 @@ __device__ inline Vector<T> load_vector(const T* from) {
   return x;
 }
 
+// Through the intrinsic: of a plain store of what was copied together, the compiler makes up to four smaller ones.
 template <typename T>
 __device__ inline void store_vector(T* to, const Vector<T>& x) {
   uint4 raw;
   memcpy(&raw, static_cast<const void*>(x.at), 16);
-  *reinterpret_cast<uint4*>(to) = raw;
+  __stwb(reinterpret_cast<uint4*>(to), raw);
 }
 
-__device__ inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__device__ inline bool aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 // A run of elements, [begin, begin + num).
 struct Run {
@@ -120,7 +123,8 @@ __device__ inline typename Element<T>::Wide reduce_one(const Sources<T>& sources
 }
 
 // Of a block: for each i of [0, n) the numbers of ranks 0, 1, ... are combined in this order, in Element<T>::Wide, and
-// given to sink(i, wide) or, `kNum` at a time, to sink.vector(i, wide[kNum]). `vectors`: the sink's pointers are aligned.
+// given to sink(i, wide) or, `kNum` at a time, to sink.vector(i, wide[kNum]). `vectors`: the sink's pointers are
+// aligned.
 template <typename T, typename Sink>
 __device__ inline void reduce_run(const Sources<T>& sources, int64_t n, Reduction op, bool vectors, Sink& sink) {
   using Wide = typename Element<T>::Wide;

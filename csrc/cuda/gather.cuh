@@ -15,8 +15,7 @@ struct Gather {
 };
 
 inline Gather gather_from(const char* op, const at::Tensor& shard, at::IntArrayRef sizes, const at::Tensor& pointers,
-                          int64_t rank, int64_t slot_bytes, double timeout_s,
-                          const std::optional<at::Tensor>& report) {
+                          int64_t rank, int64_t slot_bytes, double timeout_s, const std::optional<at::Tensor>& report) {
   check_like(op, "shard", shard, shard), check_like(op, "pointers", pointers, shard);
   const Channel channel = channel_from(op, pointers, rank, slot_bytes, timeout_s, report);
   const Cuts cuts = cuts_from(op, channel, sizes);
@@ -39,25 +38,13 @@ inline void gather_by_kernel(const char* op, const Gather& gather, const at::Ten
   });
 }
 
-// The address of the first slot of a rank's channel.
-inline char* first_slot(const Channel& channel, int64_t address) {
-  return reinterpret_cast<char*>(address) + slots_offset(channel.world);
-}
-
-// By copy engines: into every rank's first slot, this rank's included. addresses: `pointers` once more, on the host,
-// since the host queues the copies.
+// By copy engines: push_by_copies() of all_gather.cuh.
 inline void gather_start(const char* op, const Gather& gather, const at::Tensor& shard, at::IntArrayRef addresses) {
   const Channel& channel = gather.channel;
   TORCH_CHECK_VALUE(static_cast<int>(addresses.size()) == channel.world, op, ": ", addresses.size(),
                     " addresses, expected ", channel.world, ", those in pointers");
-  launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, gather.stream, channel, true);
-  const int64_t begin = gather.cuts.begin[channel.rank] * gather.item_bytes;
-  for (int i = channel.world - 1; i >= 0; --i) {  // reverse ring order: who needs this shard first gets it first
-    const int peer = (channel.rank + i) % channel.world;
-    copy_async(first_slot(channel, addresses[static_cast<size_t>(peer)]) + begin, shard.const_data_ptr(),
-               shard.nbytes(), gather.stream);
-  }
-  launch(publish_kernel, dim3(1), dim3(kMaxRanks), 0, gather.stream, channel, true);
+  push_by_copies(channel, shard.const_data_ptr(), gather.cuts.begin[channel.rank] * gather.item_bytes,
+                 static_cast<int64_t>(shard.nbytes()), addresses.data(), gather.stream);
 }
 
 }  // namespace pypar

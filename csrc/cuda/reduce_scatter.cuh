@@ -59,9 +59,7 @@ struct ToShard {
   int world;
   T* out;
 
-  __device__ void one(int64_t i, typename Element<T>::Wide sum) {
-    out[i] = Element<T>::narrow(scaled(op, sum, world));
-  }
+  __device__ void one(int64_t i, typename Element<T>::Wide sum) { out[i] = Element<T>::narrow(scaled(op, sum, world)); }
   __device__ void vector(int64_t i, const typename Element<T>::Wide* sum) {
     Vector<T> y;
 #pragma unroll

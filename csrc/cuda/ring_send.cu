@@ -25,10 +25,7 @@ void ring_send(const at::Tensor& x, int64_t piece, int64_t num_slots, int64_t ad
   params.header.piece = ring.piece;
   std::copy(x.sizes().begin(), x.sizes().end(), params.header.sizes);
   const DeviceGuard guard(x.device());
-  const cudaStream_t stream = current_stream(x);
-  launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);
-  copy_async(reinterpret_cast<char*>(address) + ring.offset() + header_bytes, x.const_data_ptr(), x.nbytes(), stream);
-  launch(ring_publish_kernel, dim3(1), dim3(1), 0, stream, params, false);
+  send_by_copy(params, address, x.const_data_ptr(), bytes, current_stream(x));
 }
 
 }  // namespace

@@ -2,11 +2,12 @@
 //
 // A ring is a channel of its own for two ranks; both directions may use it. Its two slots are one area, cut for
 // num_slots messages. Piece n, counted from 1 by both sides, lies in slot (n - 1) % num_slots: a header of 64 bytes and
-// the data. The receiver's full[0][sender][slot] becomes n when the piece is there, the sender's full[1][receiver][slot]
-// when it is given back: its credit. The done and epoch words and the empty flags are not used.
+// the data. The receiver's full[0][sender][slot] becomes n when the piece is there, the sender's
+// full[1][receiver][slot] when it is given back: its credit. The done and epoch words and the empty flags are not used.
 #pragma once
 
 #include "cuda/channel.cuh"
+#include "pypar/launch.cuh"
 
 namespace pypar {
 
@@ -61,6 +62,15 @@ __device__ inline RingHeader* ring_header(const Ring& ring, int owner) {
 // One thread, behind the copy on its stream.
 [[maybe_unused]] static __global__ void ring_publish_kernel(const __grid_constant__ RingSendParams p) {
   store_release_sys(arrived_flag(p.ring, p.ring.peer, p.ring.channel.rank), p.ring.piece);
+}
+
+// Queues one message. address: of the peer's channel, on the host.
+inline void send_by_copy(const RingSendParams& params, int64_t address, const void* data, int64_t bytes,
+                         cudaStream_t stream) {
+  launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);
+  char* slot = reinterpret_cast<char*>(address) + params.ring.offset();
+  copy_async(slot + sizeof(RingHeader), data, static_cast<size_t>(bytes), stream);
+  launch(ring_publish_kernel, dim3(1), dim3(1), 0, stream, params, false);
 }
 
 }  // namespace pypar

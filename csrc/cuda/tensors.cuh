@@ -49,8 +49,12 @@ inline Channel channel_from(const char* op, const at::Tensor& pointers, int64_t 
                       ", expected int32 [4] in pinned memory of the host");
     to = reinterpret_cast<uint32_t*>(report->mutable_data_ptr<int32_t>());
   }
-  return {pointers.const_data_ptr<int64_t>(),           static_cast<int>(rank), static_cast<int>(world), slot_bytes,
-          static_cast<uint64_t>(timeout_s * 1'000'000'000), to};
+  return {pointers.const_data_ptr<int64_t>(),
+          static_cast<int>(rank),
+          static_cast<int>(world),
+          slot_bytes,
+          static_cast<uint64_t>(timeout_s * 1'000'000'000),
+          to};
 }
 
 inline void check_slot(const char* op, const Channel& channel, int64_t bytes) {

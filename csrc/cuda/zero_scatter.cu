@@ -11,9 +11,9 @@ namespace pypar {
 namespace {
 
 // Returns the sum of the squares of the shard, float64 [], on its device.
-at::Tensor zero_scatter(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale,
-                        bool accumulate, const at::Tensor& pointers, int64_t rank, int64_t slot_bytes,
-                        double timeout_s, const std::optional<at::Tensor>& report) {
+at::Tensor zero_scatter(at::Tensor& shard, const at::Tensor& full, at::IntArrayRef sizes, double scale, bool accumulate,
+                        const at::Tensor& pointers, int64_t rank, int64_t slot_bytes, double timeout_s,
+                        const std::optional<at::Tensor>& report) {
   constexpr const char* kOp = "zero_scatter";
   check_like(kOp, "full", full, full), check_like(kOp, "shard", shard, full);
   check_like(kOp, "pointers", pointers, full);

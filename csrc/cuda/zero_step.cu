@@ -54,17 +54,16 @@ void zero_step(at::Tensor& param, const at::Tensor& grad, at::Tensor& exp_avg, a
     check_like(kOp, "low", *low, grad), check_numel(kOp, "low", *low, grad.scalar_type(), n);
     low_data = low->mutable_data_ptr();
   }
-  const ZeroStepParams params{
-      floats("param", param, grad, n),
-      floats("exp_avg", exp_avg, grad, n),
-      floats("exp_avg_sq", exp_avg_sq, grad, n),
-      max_exp_avg_sq.has_value() ? floats("max_exp_avg_sq", *max_exp_avg_sq, grad, n) : nullptr,
-      grad.const_data_ptr(),
-      low_data,
-      clip.has_value() ? floats("clip", *clip, grad, 1) : nullptr,
-      cuts,
-      factors_of(step, lr, beta1, beta2, eps, weight_decay, grad_scale, decoupled, maximize),
-      channel};
+  const ZeroStepParams params{floats("param", param, grad, n),
+                              floats("exp_avg", exp_avg, grad, n),
+                              floats("exp_avg_sq", exp_avg_sq, grad, n),
+                              max_exp_avg_sq.has_value() ? floats("max_exp_avg_sq", *max_exp_avg_sq, grad, n) : nullptr,
+                              grad.const_data_ptr(),
+                              low_data,
+                              clip.has_value() ? floats("clip", *clip, grad, 1) : nullptr,
+                              cuts,
+                              factors_of(step, lr, beta1, beta2, eps, weight_decay, grad_scale, decoupled, maximize),
+                              channel};
   const DeviceGuard guard(grad.device());
   with_gradient(kOp, grad.scalar_type(), [&](auto element) {
     using T = decltype(element);

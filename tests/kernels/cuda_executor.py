@@ -26,13 +26,12 @@ def load() -> None:
     from torch.utils.cpp_extension import load as load_extension
 
     BUILD.mkdir(parents=True, exist_ok=True)
-    sources = [str(EMULATION / "executor_fibers.cpp")]
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        wrapper = BUILD / f"{path.stem}.cpp"  # ninja would give a .cu to nvcc
-        text = f'#include "cuda/{path.name}"\n'
-        if not wrapper.exists() or wrapper.read_text() != text:
-            wrapper.write_text(text)
-        sources.append(str(wrapper))
+    # One source of all: torch's headers take most of the time. And ninja would give a .cu to nvcc.
+    launchers = BUILD / "launchers.cpp"
+    text = "".join(f'#include "cuda/{path.name}"\n' for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    if not launchers.exists() or launchers.read_text() != text:
+        launchers.write_text(text)
+    sources = [str(EMULATION / "executor_fibers.cpp"), str(launchers)]
     library = BUILD / "pypar_cuda_emulated.so"
     load_extension(
         library.stem,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import cuda_executor
 import pytest
 import torch
 import torch.distributed as dist
 
+from pypar.channel import ABORT, ABORT_FOR, CHUNKS, DONE, EPOCH, ERROR, HEADER_WORDS
 from pypar.reference.collectives import reduce_in_rank_order
 from pypar.testing import run_ranks
 
@@ -93,10 +96,9 @@ def collectives(rank: int, world: int, ops: list[str], laps: int) -> tuple[list[
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_bits_of_the_reference_in_every_call(world):
-    """A different payload and shape in each of some hundred calls per channel; also out of place, in place, unaligned."""
+    """Another payload and shape in each of some seventy calls per channel; also out of place, in place, unaligned."""
     if world == 1:
-        return_values = run_ranks(all_reduce_alone, 1)
-        assert return_values == [True]
+        assert run_ranks(all_reduce_alone, 1) == [True]
         return
     for wrong, _ in run_ranks(collectives, world, ["sum", "avg", "max", "min", "product"], 2):
         assert wrong == []
@@ -135,6 +137,45 @@ def many_blocks(rank: int, world: int) -> bool:
 
 def test_as_many_blocks_as_a_launch_has():
     assert run_ranks(many_blocks, 2) == [True, True]
+
+
+def over_the_end(rank: int, world: int) -> list[str]:
+    """Calls -3, -2, ... 5: the numbers are compared modulo 2^32."""
+    cuda_executor.load()
+    wrong = []
+    for algorithm in ("one_shot", "two_shot"):
+        channel, arguments = cuda_executor.channel(dist.group.WORLD, algorithm, SLOT_BYTES)
+        words = channel.memory.view(torch.int32)
+        flags = slice(HEADER_WORDS, HEADER_WORDS + 2 * world * (CHUNKS + 1))
+        dist.barrier()
+        words[EPOCH] = -4
+        words[flags] = -4  # as if all earlier calls had been made
+        dist.barrier()
+        for call in range(9):
+            parts = [payload(100 * call + r, 129, torch.float32, False) for r in range(world)]
+            out = torch.empty(129)
+            OPS.all_reduce(parts[rank], out, "sum", algorithm, *arguments, TIMEOUT_S)
+            if not torch.equal(out, reduce_in_rank_order(parts, "sum")):
+                wrong.append(f"{algorithm}, call {call - 3}")
+        dist.barrier()
+        if words[EPOCH] != 5:
+            wrong.append(f"{algorithm} ends with call {words[EPOCH]}")
+    return wrong
+
+
+def test_numbers_of_calls_go_round():
+    assert run_ranks(over_the_end, 3) == [[]] * 3
+
+
+def test_the_layout_of_channels_is_one():
+    text = (cuda_executor.ROOT / "csrc" / "cuda" / "channel.cuh").read_text()
+    constants = {m[1]: int(m[2]) for m in re.finditer(r"constexpr \w+ (k\w+) = (\d+);", text)}
+    assert constants["kHeaderWords"] == HEADER_WORDS and constants["kChunks"] == CHUNKS
+    assert constants["kAbortFor"] == ABORT_FOR
+    names = re.search(r"enum Word : int \{ (.*?) \};", text)
+    assert names is not None
+    order = [name.strip() for name in names[1].split(",")]
+    assert [order.index(name) for name in ("kEpoch", "kDone", "kAbort", "kError")] == [EPOCH, DONE, ABORT, ERROR]
 
 
 def zeros_and_nans(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,8 +108,8 @@ MUTATIONS = [
         "the gate is one call of its parity late",
         KERNELS,
         "cuda/channel.cuh",
-        "gate(channel, call, call - 2); }",
-        "gate(channel, call, call - 4); }",
+        "gate(channel, call, call - 2);",
+        "gate(channel, call, call - 4);",
         "one_way",
         "race",
     ),
@@ -129,6 +129,26 @@ MUTATIONS = [
         "gate(channel, call, call - 1);",
         "gate(channel, call);",
         "copied",
+        "race",
+    ),
+    Mutation(
+        "copies are signalled before they are made",
+        KERNELS,
+        "cuda/all_gather.cuh",
+        "launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);",
+        "launch(gate_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);\n"
+        "  launch(publish_kernel, dim3(1), dim3(kMaxRanks), 0, stream, channel, true);",
+        "copied",
+        "race",
+    ),
+    Mutation(
+        "a message is signalled before it is copied",
+        KERNELS,
+        "cuda/ring_send.cuh",
+        "launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);",
+        "launch(ring_gate_kernel, dim3(1), dim3(1), 0, stream, params, true);\n"
+        "  launch(ring_publish_kernel, dim3(1), dim3(1), 0, stream, params, false);",
+        "ring",
         "race",
     ),
     Mutation(
@@ -180,8 +200,8 @@ MUTATIONS = [
         "sums in the order (rank - i) mod W",
         KERNELS,
         "cuda/elements.cuh",
-        "const T* of(int r) const { return",
-        "const T* of(int r) const { r = (rank - r + world) % world; return",
+        "return r == rank ? own : slot + r * stride;",
+        "r = (rank - r + world) % world;\n    return r == rank ? own : slot + r * stride;",
         "two_shot",
         "value",
     ),
@@ -283,8 +303,9 @@ def test_the_table_is_of_these_mutations():
 if __name__ == "__main__":  # writes the table
     TABLE.write_text(
         "# Mistakes that the tests of csrc/cuda notice\n\n"
-        "Written by `python tests/kernels/test_cuda_emulated_mutations.py`, whose test makes each of these mistakes in a\n"
-        "copy of a header and runs it with ranks as threads under ThreadSanitizer. As: a `race` that ThreadSanitizer\n"
-        "reports, a wrong `value` in some rank's result, a wrong `end` (a call that ends in an error, or should and does "
-        "not).\n\n" + rows() + "\n"
+        "Written by `python tests/kernels/test_cuda_emulated_mutations.py`, whose test makes each of these mistakes\n"
+        "in a copy of a header and runs it with ranks as threads under ThreadSanitizer. As: a `race` that it reports,\n"
+        "a wrong `value` of some rank, a wrong `end` (a call that ends in an error, or should and does not).\n\n"
+        + rows()
+        + "\n"
     )

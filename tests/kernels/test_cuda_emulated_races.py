@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda with ranks as threads: under ThreadSanitizer, under AddressSanitizer, and with many calls."""
+"""The kernels of csrc/cuda with ranks as threads: under ThreadSanitizer and AddressSanitizer, and with many calls."""
 
 from __future__ import annotations
 

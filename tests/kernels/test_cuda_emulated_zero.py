@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cuda_executor
 import pytest
 import torch
@@ -28,7 +30,7 @@ def uneven(numel: int, world: int, call: int) -> list[int]:
     """Shards of any sizes, none for some rank in every other call."""
     cuts = torch.randint(0, numel + 1, (world - 1,), generator=torch.Generator().manual_seed(call)).sort().values
     edges = [0, *cuts.tolist(), numel]
-    return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def summed(parts: list[torch.Tensor], begin: int, num: int) -> torch.Tensor:

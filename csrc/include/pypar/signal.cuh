@@ -63,12 +63,18 @@ __device__ __forceinline__ uint64_t global_time_ns() {
 }
 
 // Between two looks: leaves the memory system to those that have work.
-__device__ __forceinline__ void nap() { __nanosleep(32); }
+__device__ __forceinline__ void nap() {
+  __nanosleep(32);
+}
 
 // Before trap(): what was written about the error reaches the host and the peers.
-__device__ __forceinline__ void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void fence_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 // Ends the kernel with an error of the device: whatever is queued behind it does not run on stale data.
-__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+__device__ __forceinline__ void trap() {
+  asm volatile("trap;");
+}
 
 }  // namespace pypar

@@ -26,13 +26,34 @@ struct alignas(16) uint4 {
 using dim3 = ::emulation::Dim3;
 using cudaStream_t = void*;
 
-inline void __syncthreads() { ::emulation::sync_block(); }
+// A store with the usual policy of the caches.
+inline void __stwb(uint4* to, uint4 x) {
+  *to = x;
+}
+
+inline void __syncthreads() {
+  ::emulation::sync_block();
+}
 
 // Products and sums that no compiler may contract; the tests are compiled with -ffp-contract=off.
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline double __dmul_rn(double a, double b) { return a * b; }
-inline double __dadd_rn(double a, double b) { return a + b; }
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline float __fsub_rn(float a, float b) {
+  return a - b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline float __fsqrt_rn(float a) {
+  return std::sqrt(a);
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+inline double __dadd_rn(double a, double b) {
+  return a + b;
+}

@@ -100,7 +100,9 @@ struct Running {
 
 }  // namespace
 
-Thread& current() { return scheduler.running->thread; }
+Thread& current() {
+  return scheduler.running->thread;
+}
 
 void sync_block() {
   scheduler.running->state = State::at_barrier;

@@ -54,9 +54,13 @@ class Barrier {
   uint64_t turn_ = 0;
 };
 
-Thread& current() { return here; }
+Thread& current() {
+  return here;
+}
 
-void sync_block() { here.block->barrier->arrive(); }
+void sync_block() {
+  here.block->barrier->arrive();
+}
 
 void rest() {
   if (is_trapped->load(std::memory_order_relaxed)) throw Trapped{};

@@ -148,20 +148,15 @@ void all_gather(const Channel& channel, uint32_t call) {
   check_gathered(channel, full.data(), cuts, call);
 }
 
-// As the launcher of all_gather_copied: copies between kernels, read where they arrive.
+// Read where the copies arrive.
 void copied(const Channel& channel, uint32_t call) {
   const Cuts cuts = cuts_of(numel_of(call, channel.world), channel.world, call);
   const std::vector<float> shard = payload<float>(call, channel.rank, cuts.num(channel.rank));
-  const auto slot = [&](int r) {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(channel.pointers[r]) + slots_offset(channel.world));
-  };
-  launch(gate_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
-  for (int r = 0; r < channel.world; ++r) {
-    copy_async(slot(r) + cuts.begin[channel.rank], shard.data(), shard.size() * 4, nullptr);
-  }
-  launch(publish_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
+  const auto bytes = static_cast<int64_t>(shard.size() * sizeof(float));
+  push_by_copies(channel, shard.data(), cuts.begin[channel.rank] * 4, bytes, channel.pointers, nullptr);
   launch(wait_kernel, dim3(1), kBlock, 0, nullptr, channel, true);
-  check_gathered(channel, slot(channel.rank), cuts, call);
+  const char* slot = first_slot(channel, channel.pointers[channel.rank]);
+  check_gathered(channel, reinterpret_cast<const float*>(slot), cuts, call);
   launch(finish_kernel, dim3(1), dim3(1), 0, nullptr, channel, false);
 }
 
@@ -191,8 +186,8 @@ void zero_step(const Channel& channel, uint32_t call) {
   std::vector<Bf16> low(num);
   // Without decay and with these moments a first step is the sign of the gradient, whatever its size.
   const AdamWFactors factors{1, 0, 0.99f, 1e-20f, 0.1f, 0.01f, 1, 0.1f, 1, true, false};
-  const ZeroStepParams params{param.data(), m.data(), v.data(), nullptr, grad.data(), low.data(),
-                              nullptr,      cuts,     factors,  channel};
+  const ZeroStepParams params{param.data(), m.data(), v.data(), nullptr, grad.data(),
+                              low.data(),   nullptr,  cuts,     factors, channel};
   launch(zero_step_kernel<Bf16>, kGrid, kBlock, 0, nullptr, params, true);
   for (size_t i = 0; i < num; ++i) {
     const float sum = expected_sum<Bf16>(call, channel.world, cuts.begin[channel.rank] + static_cast<int64_t>(i));
@@ -208,10 +203,7 @@ void send_message(const Channel& channel, int peer, uint32_t call) {
   const std::vector<float> x = payload<float>(call, channel.rank, n);
   RingSendParams send{Ring{channel, peer, call, 3}, {}};
   send.header.ndim = 1, send.header.sizes[0] = n;
-  launch(ring_gate_kernel, dim3(1), dim3(1), 0, nullptr, send, true);
-  char* slot = reinterpret_cast<char*>(channel.pointers[peer]) + send.ring.offset();
-  copy_async(slot + sizeof(RingHeader), x.data(), x.size() * 4, nullptr);
-  launch(ring_publish_kernel, dim3(1), dim3(1), 0, nullptr, send, false);
+  send_by_copy(send, channel.pointers[peer], x.data(), static_cast<int64_t>(x.size() * sizeof(float)), nullptr);
 }
 
 void receive_message(const Channel& channel, int peer, uint32_t call) {
@@ -277,14 +269,15 @@ void one_way(const Channel& channel, uint32_t call) {
   std::vector<float> out(x.size());
   launch(one_way_kernel, kGrid, kBlock, 0, nullptr, OneWayParams{x.data(), out.data(), n, channel}, true);
   if (channel.rank == 0) return;
-  for (size_t i = 0; i < x.size(); ++i) expect(same(out[i], x[i]), "number", channel.rank, call, static_cast<int64_t>(i));
+  for (size_t i = 0; i < x.size(); ++i)
+    expect(same(out[i], x[i]), "number", channel.rank, call, static_cast<int64_t>(i));
 }
 
 using Scenario = void (*)(const Channel&, uint32_t);
 const std::map<std::string, Scenario> kScenarios{
-    {"one_shot", one_shot},     {"two_shot", two_shot},         {"reduce_scatter", reduce_scatter},
-    {"all_gather", all_gather}, {"copied", copied},             {"zero_scatter", zero_scatter},
-    {"zero_step", zero_step},   {"ring", ring},                 {"pipe", pipe},
+    {"one_shot", one_shot},     {"two_shot", two_shot}, {"reduce_scatter", reduce_scatter},
+    {"all_gather", all_gather}, {"copied", copied},     {"zero_scatter", zero_scatter},
+    {"zero_step", zero_step},   {"ring", ring},         {"pipe", pipe},
     {"one_way", one_way},
 };
 

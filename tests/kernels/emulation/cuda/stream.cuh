@@ -11,6 +11,8 @@ struct DeviceGuard {
   explicit DeviceGuard(c10::Device /*device*/) {}
 };
 
-inline cudaStream_t current_stream(const at::Tensor& /*x*/) { return nullptr; }
+inline cudaStream_t current_stream(const at::Tensor& /*x*/) {
+  return nullptr;
+}
 
 }  // namespace pypar

@@ -23,7 +23,9 @@ inline void store_release_sys(uint32_t* word, uint32_t value) {
   atomic(word).store(value, std::memory_order_release);
 }
 
-inline uint32_t load_relaxed_sys(const uint32_t* word) { return atomic(word).load(std::memory_order_relaxed); }
+inline uint32_t load_relaxed_sys(const uint32_t* word) {
+  return atomic(word).load(std::memory_order_relaxed);
+}
 
 // ThreadSanitizer knows no fences; one more look at the word that was polled orders the same.
 inline void acquire(const uint32_t* word) {
@@ -47,14 +49,20 @@ inline void store_pair_sys(uint64_t* pair, uint32_t data, uint32_t call) {
   atomic(pair).store(static_cast<uint64_t>(call) << 32 | data, std::memory_order_relaxed);
 }
 
-inline uint64_t load_pair_sys(const uint64_t* pair) { return atomic(pair).load(std::memory_order_relaxed); }
+inline uint64_t load_pair_sys(const uint64_t* pair) {
+  return atomic(pair).load(std::memory_order_relaxed);
+}
 
 inline uint64_t global_time_ns() {
   return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
 }
 
-inline void nap() { emulation::rest(); }
+inline void nap() {
+  emulation::rest();
+}
 inline void fence_sys() {}
-inline void trap() { emulation::trap(); }
+inline void trap() {
+  emulation::trap();
+}
 
 }  // namespace pypar
