@@ -59,6 +59,8 @@ def multiply_and_round_bfloat16_as_gpus_do() -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = _float32(a), _float32(b)
+        # In one layout, since numpy adds in another order for a transposed operand: the values alone decide.
+        a, b = (interpreter.TensorHandle(np.ascontiguousarray(t.data), t.dtype) for t in (a, b))
         return dot(self, a, b, d, *options)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
