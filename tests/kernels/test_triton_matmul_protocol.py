@@ -311,7 +311,7 @@ CAUGHT = {
 
 
 def caught():
-    """Rows (mistake, scene that fails with it), for the docs; test_triton_matmul_static.py has those of memory order."""
+    """Rows (mistake, scene that fails with it), for the docs; memory order is in test_triton_matmul_static.py."""
     return [(mistake.__name__.replace("_", " "), scene) for mistake, scenes in CAUGHT.items() for scene in scenes]
 
 
