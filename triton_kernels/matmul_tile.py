@@ -116,7 +116,7 @@ class Config:
 def config_for(dtype: torch.dtype, capability: int) -> Config:
     """Tiles for a target: 80, 90 or 100. Chosen by what compiles without spills, not by time: no GPU was at hand."""
     if dtype == torch.float32:  # exact products run on the ordinary units, whose registers hold the tile
-        return Config(block_m=64, block_n=64, block_k=32)
+        return Config(block_m=64, block_n=64 if capability < 90 else 128, block_k=16)
     if capability < 90:
         return Config()
     if dtype == FP8 and capability < 100:  # a second accumulator in registers: see IMPRECISE of `product`
