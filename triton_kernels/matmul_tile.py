@@ -131,10 +131,12 @@ def config_on(x: torch.Tensor) -> Config:
     return config_for(x.dtype, major * 10)
 
 
-def programs_of(config: Config, tiles: int, device: torch.device) -> int:
+def programs_of(config: Config, tiles: int, device: torch.device, spare: int = 0) -> int:
+    """Of a persistent grid; `spare` multiprocessors stay free for blocks of a kernel that this one waits for."""
     most = config.programs
     if not most:
-        most = torch.cuda.get_device_properties(device).multi_processor_count
+        on_gpu = device.type == "cuda"
+        most = torch.cuda.get_device_properties(device).multi_processor_count - spare if on_gpu else 4
     return max(1, min(most, tiles))
 
 

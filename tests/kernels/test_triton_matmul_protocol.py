@@ -188,6 +188,26 @@ def test_who_runs_ahead_waits_for_an_empty_slot_and_names_its_owner():
     assert "call 1: rank 1 waited for an empty slot of rank 0" in run_ranks(run_ahead, 2)[1]
 
 
+def pass_the_end_of_int32(rank, world):
+    """Calls number 2^31 - 3 to 2^31 + 4."""
+    import torch.distributed as dist
+    import triton_matmul_executor as ex
+
+    for op in OPS:
+        memory = ex.channel(op, 1 << 15).memory.view(torch.int32)
+        words = 16 + 2 * world * 256 + 2 * world
+        memory[16:words] = memory[0] = 2**31 - 4
+        dist.barrier()
+        for step in range(8):
+            y, channel = one_call(ex, op, rank, world, step)
+            channel.check()
+            assert torch.equal(y, wanted(op, rank, world, step)), (op, step)
+
+
+def test_the_number_of_the_call_wraps():
+    run_ranks(pass_the_end_of_int32, 2)
+
+
 # Mistakes of the kind that shipped elsewhere. Each one: what to replace, by what, and where it must be seen.
 
 
@@ -261,7 +281,7 @@ def exchange(rank, world, mistake, op, splits, slow):
             stack.enter_context(ex.stalled("publish", rank, 10_000, share=0.5))
             stack.enter_context(ex.stalled("wait", rank, 10_000, share=0.5, after=True))
         for step in range(8):
-            y, channel = one_call(ex, op, rank, world, step, polls=8_000, splits=splits)
+            y, channel = one_call(ex, op, rank, world, step, polls=4_000, splits=splits)
             channel.check()
             assert torch.equal(y, wanted(op, rank, world, step, splits)), f"wrong result in call {step + 1}"
 
