@@ -6,7 +6,8 @@
     gathered_matmul      persistent: the tiles of the own shard, read in place, then those of rank + 1, ...
 
 Whoever needs a shard first gets it first: rank - 1, then rank - 2, ... The pushes run beside the matmul, on a stream of
-their own. Compiled and executed under emulation; not yet run on a GPU.
+their own. A matmul that held every multiprocessor while push_shard waits for one would wait for peers in the same
+position, for good: it leaves PUSH_PROGRAMS of them free. Compiled and executed under emulation; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -256,7 +257,8 @@ def all_gather_matmul(
     if w_tma:
         let_descriptors_allocate(x.device)
     given = tuple(biases) if biases else (None,) * len(weights)
-    gathered_matmul[(programs_of(config, tiles, x.device),)](
+    spare = PUSH_PROGRAMS if addresses is None and world_size > 1 else 0
+    gathered_matmul[(programs_of(config, tiles, x.device, spare),)](
         x,
         tuple(weights),
         given,

@@ -190,7 +190,7 @@ def reduce_to_all(
         if arrive(counters + block, expected, there):
             for step in range(WORLD):
                 peer = words_of(pointers, (rank + 1 + step) % WORLD)
-                publish(full_flag(peer, rank, HALF + block, call, WORLD, CHUNKS), call)
+                publish(full_flag(peer, rank, block + HALF, call, WORLD, CHUNKS), call)
 
 
 @triton.jit
@@ -229,8 +229,8 @@ def copy_result(
             block = row // flag_rows
             if block != seen:
                 seen = block
-                flag = full_flag(words, owner, HALF + block, call, WORLD, CHUNKS)
-                there = there & wait(flag, call, pointers, rank, 1, owner, HALF + block, polls, WORLD)
+                flag = full_flag(words, owner, block + HALF, call, WORLD, CHUNKS)
+                there = there & wait(flag, call, pointers, rank, 1, owner, block + HALF, polls, WORLD)
             m = row + tl.arange(0, ROWS)
             n = tile % tiles_n * COLS + tl.arange(0, COLS)
             mask = (m < count)[:, None] & (n < N)[None, :] & there

@@ -105,7 +105,7 @@ class Config:
     tma: bool = False
     programs: int = 0
     rows: int = 16
-    cols: int = 512
+    cols: int = 256
 
     def __post_init__(self) -> None:
         if self.block_m % self.rows:
@@ -116,11 +116,12 @@ class Config:
 def config_for(dtype: torch.dtype, capability: int) -> Config:
     """Tiles for a target: 80, 90 or 100. Chosen by what compiles without spills, not by time: no GPU was at hand."""
     if dtype == torch.float32:  # exact products run on the ordinary units, whose registers hold the tile
-        return Config(block_m=64, block_n=64, block_k=32, num_warps=4)
-    block_k = 128 if dtype == FP8 else 64
+        return Config(block_m=64, block_n=64 if capability < 90 else 128, block_k=16)
     if capability < 90:
-        return Config(block_k=block_k)
-    return Config(block_n=256, block_k=block_k, tma=True)
+        return Config()
+    if dtype == FP8 and capability < 100:  # a second accumulator in registers: see IMPRECISE of `product`
+        return Config(block_k=128, tma=True)
+    return Config(block_n=256, block_k=128 if dtype == FP8 else 64, tma=True)
 
 
 def config_on(x: torch.Tensor) -> Config:
@@ -130,10 +131,12 @@ def config_on(x: torch.Tensor) -> Config:
     return config_for(x.dtype, major * 10)
 
 
-def programs_of(config: Config, tiles: int, device: torch.device) -> int:
+def programs_of(config: Config, tiles: int, device: torch.device, spare: int = 0) -> int:
+    """Of a persistent grid; `spare` multiprocessors stay free for blocks of a kernel that this one waits for."""
     most = config.programs
     if not most:
-        most = torch.cuda.get_device_properties(device).multi_processor_count
+        on_gpu = device.type == "cuda"
+        most = torch.cuda.get_device_properties(device).multi_processor_count - spare if on_gpu else 4
     return max(1, min(most, tiles))
 
 

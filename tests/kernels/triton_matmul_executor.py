@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import triton.language as tl
+from triton._C.libtriton.ir import MEM_SEMANTIC
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
@@ -32,11 +33,11 @@ from pypar.triton_kernels import (
 )
 from pypar.triton_kernels.matmul_tile import Config
 
-POLLS = 500_000
+POLLS = 100_000
 MODULES = (signal, matmul_parts, matmul_reduce_scatter, matmul_all_reduce, all_gather_matmul)
 
 # Several programs, several tiles for each and for a flag, already for small matrices.
-SMALL = Config(block_m=16, block_n=32, block_k=32, group_m=2, programs=3, rows=8, cols=32)
+SMALL = Config(block_m=16, block_n=32, block_k=32, group_m=2, programs=2, rows=8, cols=64)
 WITH_TMA = Config(block_m=32, block_n=32, block_k=32, group_m=2, programs=2, rows=16, cols=64, tma=True)
 
 
@@ -59,6 +60,8 @@ def multiply_and_round_bfloat16_as_gpus_do() -> None:
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = _float32(a), _float32(b)
+        # In one layout, since numpy adds in another order for a transposed operand: the values alone decide.
+        a, b = (interpreter.TensorHandle(np.ascontiguousarray(t.data), t.dtype) for t in (a, b))
         return dot(self, a, b, d, *options)
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
@@ -79,6 +82,19 @@ def patch_each_module_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+def rest_between_looks() -> None:
+    """A wait that looks again (and then looks at the abort word, the only relaxed read) leaves the core to the rank
+    that it waits for: there may be fewer cores than ranks."""
+    rmw = interpreter.InterpreterBuilder.create_atomic_rmw
+
+    def create_atomic_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+        if sem == MEM_SEMANTIC.RELAXED:
+            time.sleep(1e-4)
+        return rmw(self, op, ptr, val, mask, sem, scope)
+
+    interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+
+
 def interpret_the_standard_library() -> None:
     """Whoever imports torch's compiler, as the server that ranks are forked from does, imports Triton, and what Triton
     wrote in itself (cdiv, zeros) is then to be compiled already."""
@@ -91,6 +107,7 @@ def interpret_the_standard_library() -> None:
 interpret_the_standard_library()
 multiply_and_round_bfloat16_as_gpus_do()
 patch_each_module_once()
+rest_between_looks()
 
 
 def channel(name: str, slot_bytes: int) -> Channel:
