@@ -12,6 +12,7 @@ HEADER_WORDS: tl.constexpr = tl.constexpr(16)
 EPOCH: tl.constexpr = tl.constexpr(0)
 DONE: tl.constexpr = tl.constexpr(1)
 ABORT: tl.constexpr = tl.constexpr(2)
+ABORT_FOR: tl.constexpr = tl.constexpr(256)
 ERROR: tl.constexpr = tl.constexpr(3)
 
 
@@ -43,7 +44,13 @@ def slot_of(words, call, slot_bytes, WORLD: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit
 def this_call(words):
     """The number of the call that runs now: one more than those that are over. Modulo 2^32, as all epochs."""
-    return tl.load(words + EPOCH, volatile=False) + 1
+    return tl.add(tl.load(words + EPOCH, volatile=False), 1, sanitize_overflow=False)
+
+
+@triton.jit
+def lead(flag_value, call):
+    """By how many calls a flag is ahead of `call`. Both wrap, at which debug mode and the interpreter would stop."""
+    return tl.sub(flag_value, call, sanitize_overflow=False)
 
 
 @triton.jit
@@ -58,23 +65,25 @@ def wait(flag, call, pointers, rank, code, peer, index, polls, WORLD: tl.constex
     """Spins until the flag has reached `call`; what was stored before it was published can be read then.
 
     Gives up, and returns False, after `polls` looks or when a peer gave up: the error is written down, every peer is
-    told, and the caller must store nothing it has read.
+    told, and the caller must store nothing it has read. Who was told by a peer names whom that one waited for.
     """
     words = words_of(pointers, rank)
     left = polls
+    told = 0
     seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-    while (seen - call < 0) & (left > 0):
+    while (lead(seen, call) < 0) & (left > 0):
         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-        aborted = tl.atomic_add(words + ABORT, 0, sem="relaxed", scope="sys")
-        left = tl.where(aborted != 0, 0, left - 1)
-    arrived = seen - call >= 0
+        told = tl.atomic_add(words + ABORT, 0, sem="relaxed", scope="sys")
+        left = tl.where(told != 0, 0, left - 1)
+    arrived = lead(seen, call) >= 0
     if not arrived:
-        if tl.atomic_cas(words + ERROR, 0, code, sem="relaxed", scope="gpu") == 0:
-            tl.store(words + ERROR + 1, peer)
+        culprit = tl.where(told == 0, peer, tl.where(told >= ABORT_FOR, told - ABORT_FOR, -1))
+        if tl.atomic_cas(words + ERROR, 0, tl.where(told == 0, code, 3), sem="relaxed", scope="gpu") == 0:
+            tl.store(words + ERROR + 1, culprit)
             tl.store(words + ERROR + 2, index)
             tl.store(words + ERROR + 3, call)
         for other in range(WORLD):
-            tl.atomic_xchg(words_of(pointers, other) + ABORT, 1, sem="release", scope="sys")
+            tl.atomic_xchg(words_of(pointers, other) + ABORT, ABORT_FOR + culprit, sem="release", scope="sys")
     tl.debug_barrier()
     return arrived
 
@@ -86,7 +95,7 @@ def wait_empty(pointers, rank, call, polls, WORLD: tl.constexpr, CHUNKS: tl.cons
     free = True
     for peer in range(WORLD):
         flag = empty_flag(words, peer, call, WORLD, CHUNKS)
-        free = free & wait(flag, call - 2, pointers, rank, 2, peer, 0, polls, WORLD)
+        free = free & wait(flag, lead(call, 2), pointers, rank, 2, peer, 0, polls, WORLD)
     return free
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from pypar.ops.gpu import loss as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.vocab_cross_entropy import (
     linear_vocab_cross_entropy as linear_reference,
@@ -63,12 +64,14 @@ define(
     "str group_name, str determinism='run') -> (Tensor, Tensor, Tensor)",
     reference,
     _fake,
+    gpu.vocab_cross_entropy,
 )
 define(
     "vocab_cross_entropy_dlogits(Tensor logits, Tensor target, Tensor stats, Tensor dloss, SymInt[]? sizes, "
     "int ignore_index, float label_smoothing, str group_name) -> Tensor",
     dlogits_reference,
     lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+    gpu.vocab_cross_entropy_dlogits,
 )
 define(
     "linear_vocab_cross_entropy(Tensor hidden, Tensor weight, Tensor target, SymInt[]? sizes, int ignore_index, "

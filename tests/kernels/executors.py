@@ -38,7 +38,7 @@ def _registered(op: str) -> Callable[..., Any]:
 
 
 def _gpu_function(op: str) -> Callable[..., Any]:
-    rooms = [importlib.import_module(f"pypar.ops.gpu.{room}") for room in ("collectives", "matmuls", "zero")]
+    rooms = [importlib.import_module(f"pypar.ops.gpu.{room}") for room in ("collectives", "matmuls", "zero", "loss")]
     return next(getattr(room, op) for room in rooms if hasattr(room, op))
 
 

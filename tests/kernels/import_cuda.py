@@ -16,7 +16,7 @@ def main() -> None:
         ops = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")
         assert any(op.split(".")[0] == f"pypar_cuda::{source.stem}" for op in ops), f"{source.name} registers no op"
     print(
-        f"pypar built for sm_{_build.CUDA.replace(' ', ', sm_')} against torch {torch.__version__}: it loads without a GPU"
+        f"pypar built for sm_{_build.CUDA.replace(' ', ', sm_')} against torch {torch.__version__}: loads without a GPU"
     )
 
 

@@ -1,4 +1,4 @@
-"""python tests/kernels/page.py RESULTS.xml --docs docs/kernels.md: what was executed, checked and compiled, as one page.
+"""page.py RESULTS.xml --docs docs/kernels.md: what was executed, checked and compiled, as one page.
 
 RESULTS.xml is what `pytest tests/kernels --junitxml=RESULTS.xml` wrote.
 """
@@ -138,8 +138,8 @@ def page(cells: list[Cell]) -> str:
             f"Written by `make kernels-full`. Every kernel on this page: **{NOT_RUN}**.",
             "## The bits of plain torch, by executor",
             by_executor(cells),
-            "Integer-valued data in float32, bfloat16 and float16, sizes around the number of ranks and odd ones, pauses in "
-            "between (`zero_step`: within 1e-6). `never run`: no GPU was there.",
+            "Integer-valued data in float32, bfloat16 and float16, sizes around the number of ranks and odd ones, "
+            "pauses in between (`zero_step`: within 1e-6). `never run`: no GPU was there.",
             "## Every check",
             by_file(cells),
             "## Mistakes made on purpose: CUDA",

@@ -26,15 +26,25 @@ from triton.runtime.jit import JITFunction
 from pypar.channel import Channel, channel_of
 from pypar.triton_kernels import (
     all_gather_matmul,
+    all_reduce,
     matmul_all_reduce,
     matmul_parts,
     matmul_reduce_scatter,
     signal,
+    vocab_cross_entropy,
 )
 from pypar.triton_kernels.matmul_tile import Config
 
 POLLS = 100_000
-MODULES = (signal, matmul_parts, matmul_reduce_scatter, matmul_all_reduce, all_gather_matmul)
+MODULES = (
+    signal,
+    matmul_parts,
+    matmul_reduce_scatter,
+    matmul_all_reduce,
+    all_gather_matmul,
+    all_reduce,
+    vocab_cross_entropy,
+)
 
 # Several programs, several tiles for each and for a flag, already for small matrices.
 SMALL = Config(block_m=16, block_n=32, block_k=32, group_m=2, programs=2, rows=8, cols=64)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from pypar.ops.gpu.decide import PIECE_BYTES, all_reduce_algorithm
-from pypar.ops.gpu.run import arguments, channel_for, cuda_kernels, peers_of
+from pypar.ops.gpu.run import arguments, channel_for, cuda_kernels, peers_of, triton_kernels, where
 from pypar.reference.all_gather import all_gather as all_gather_reference
 from pypar.reference.all_reduce import all_reduce as all_reduce_reference
 from pypar.reference.collectives import rows_per_rank
 from pypar.reference.reduce_scatter import reduce_scatter as reduce_scatter_reference
 
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "avg", "product", "min", "max")
 
 
@@ -25,16 +26,25 @@ def all_reduce_(x: torch.Tensor, op: str, group_name: str) -> None:
 
 def all_reduce(x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
     kernel, group = cuda_kernels("all_reduce"), peers_of(x, group_name)
-    if kernel is None or group is None or op not in REDUCTIONS:
+    triton = triton_kernels("all_reduce") if kernel is None and x.dtype in TRITON_TYPES else None
+    if group is None or op not in REDUCTIONS or (kernel is None and triton is None):
         return all_reduce_reference(x, op, group_name)
     x = x.contiguous()
     out = torch.empty_like(x)
     algorithm = all_reduce_algorithm(x.numel() * x.element_size())
     numel = min(x.numel(), PIECE_BYTES // x.element_size())
+    pieces = list(zip(x.view(-1).split(max(numel, 1)), out.view(-1).split(max(numel, 1)), strict=True))
+    if triton is not None:
+        slot = triton.all_reduce_bytes(numel, group.size(), x.dtype, algorithm)
+        with channel_for(group, f"all_reduce {algorithm} in Triton", slot, x.device) as channel:
+            for piece, to in pieces:
+                triton.all_reduce(piece, op, algorithm, **where(channel), out=to)
+            channel.after()
+        return out
     nbytes, world = numel * x.element_size(), group.size()
     slot = world * 8 * (-(-nbytes // 4)) if algorithm == "one_shot" else 2 * _padded(nbytes, world)
     with channel_for(group, f"all_reduce {algorithm}", slot, x.device) as channel:
-        for piece, to in zip(x.view(-1).split(max(numel, 1)), out.view(-1).split(max(numel, 1)), strict=True):
+        for piece, to in pieces:
             kernel(piece, to, op, algorithm, *arguments(channel))
     return out
 
