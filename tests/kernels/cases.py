@@ -89,6 +89,19 @@ def step(numel: int, seed: int) -> Case:
     return [*given, *settings], [expected[i] for i in (0, 2, 3, 4, 5)]
 
 
+def loss(rows: int, dtype: torch.dtype, rank: int, world: int, seed: int) -> Case:
+    sizes = [5 + r for r in range(world)]
+    shards = [integers((rows, n), dtype, 1000 * seed + r) for r, n in enumerate(sizes)]
+    target = integers((rows,), torch.int64, seed, sum(sizes) - 1).abs()
+    target[::5] = -100
+    full, kept = torch.cat(shards, 1).double(), target != -100
+    most = torch.where(kept, full.amax(1), 0)
+    total = torch.where(kept, torch.exp(full - full.amax(1, keepdim=True)).sum(1), 1)
+    sums = torch.nn.functional.cross_entropy(full, target, reduction="sum", label_smoothing=0.1)
+    expected = [sums, kept.sum(), torch.stack([most, total])]
+    return [shards[rank], target, sizes, -100, 0.1, GROUP], [t.float() for t in expected]
+
+
 def results_of(op: str, returned: Any, arguments: list[Any]) -> list[torch.Tensor]:
     """What the op made, in place or not."""
     if op == "zero_step":
@@ -112,5 +125,6 @@ CASES: dict[str, Callable[..., Case]] = {
         op: lambda size, dtype, rank, world, seed, op=op: shards(op, size, dtype, rank, world, seed)
         for op in ("zero_gather", "zero_scatter")
     },
+    "vocab_cross_entropy": lambda size, dtype, rank, world, seed: loss(size, dtype, rank, world, seed),
     "zero_step": lambda size, dtype, rank, world, seed: step(size, seed),
 }
