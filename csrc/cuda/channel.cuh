@@ -79,6 +79,7 @@ __device__ inline void write_report(const Channel& channel, uint32_t code, int r
   channel.report[2] = static_cast<uint32_t>(index);
   channel.report[3] = call;
   channel.report[0] = code;
+  fence_sys();  // it is with the host before a store to a peer could fail
 }
 
 // Says why in this rank's channel and in the host's report, tells every peer, and ends the kernel.
@@ -110,7 +111,6 @@ struct Patience {
     if (abort != 0) {
       const int culprit = abort >= kAbortFor ? static_cast<int>(abort - kAbortFor) : -1;
       if (claim(channel)) write_report(channel, kStopped, culprit, index, call);
-      fence_sys();
       trap();
     }
     const uint64_t now = global_time_ns();

@@ -102,7 +102,7 @@ MUTATIONS = [
         "wait_flag(channel, empty_flag(channel, channel.rank, peer, before), before, kNoSlot, peer, 0, call);",
         "",
         "one_way",
-        "race",
+        "race or value",
     ),
     Mutation(
         "the gate is one call of its parity late",
@@ -111,7 +111,7 @@ MUTATIONS = [
         "gate(channel, call, call - 2);",
         "gate(channel, call, call - 4);",
         "one_way",
-        "race",
+        "race or value",
     ),
     Mutation(
         "one slot for both parities",
@@ -239,7 +239,7 @@ MUTATIONS = [
         "ring.piece - static_cast<uint32_t>(ring.num_slots), kNoSlot",
         "ring.piece - 2 * static_cast<uint32_t>(ring.num_slots), kNoSlot",
         "pipe",
-        "race",
+        "race or value",
         2,
     ),
     Mutation(

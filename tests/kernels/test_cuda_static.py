@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 CSRC = ROOT / "csrc"
-ARCHITECTURES = ["80", "90a", "100a"]
+ARCHITECTURES = ["90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100a"))]
 NVCC, PTXAS = shutil.which("nvcc"), shutil.which("ptxas")
 needs_nvcc = pytest.mark.skipif(NVCC is None or PTXAS is None, reason="no nvcc on this machine")
 VECTOR_KERNELS = ("two_shot_all_reduce", "reduce_scatter", "all_gather_kernel", "zero_scatter", "zero_step")

@@ -5,6 +5,7 @@
 // number or a wrong end; what the sanitizers find has theirs.
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -227,10 +228,15 @@ void ring(const Channel& channel, uint32_t call) {
   receive_message(channel, (channel.rank + channel.world - 1) % channel.world, call);
 }
 
+// So that who may run ahead does.
+void be_late() {
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
 // Rank 0 only sends, rank 1 only receives: nothing but credits keeps the one from overtaking the other.
 void pipe(const Channel& channel, uint32_t call) {
   if (channel.rank == 0) send_message(channel, 1, call);
-  if (channel.rank == 1) receive_message(channel, 0, call);
+  if (channel.rank == 1) be_late(), receive_message(channel, 0, call);
 }
 
 // Rank 0 gives to all, and waits for nobody's data. In the collectives every rank waits for every other in each call,
@@ -267,6 +273,7 @@ void one_way(const Channel& channel, uint32_t call) {
   const int64_t n = numel_of(call, channel.world);
   const std::vector<float> x = payload<float>(call, 0, n);
   std::vector<float> out(x.size());
+  if (channel.rank != 0) be_late();
   launch(one_way_kernel, kGrid, kBlock, 0, nullptr, OneWayParams{x.data(), out.data(), n, channel}, true);
   if (channel.rank == 0) return;
   for (size_t i = 0; i < x.size(); ++i)
