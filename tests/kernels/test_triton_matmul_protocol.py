@@ -285,7 +285,9 @@ def exchange(rank, world, mistake, op, splits, slow):
         for step in range(8 if mistake is None else 40):
             y, channel = one_call(ex, op, rank, world, step, polls=8_000, splits=splits)
             channel.check()
-            assert torch.equal(y, wanted(op, rank, world, step, splits)), f"wrong result in call {step + 1}"
+            if not torch.equal(y, wanted(op, rank, world, step, splits)):
+                ex.give_up(channel)
+                raise AssertionError(f"wrong result in call {step + 1}")
 
 
 def orders(rank, world, mistake, op, splits, slow):
