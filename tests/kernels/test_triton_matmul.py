@@ -220,7 +220,7 @@ def check_float8(rank, world):
     as_exact_as_torch(whole, sum_of(shares, []), exact)
     assert got.dtype == torch.bfloat16 and torch.equal(got, whole[own])
     (y,) = all_gather_matmul(
-        xs[rank], [ws[0]], **ex.where(gather), x_scale=scales["x_scale"], w_scales=[scales["w_scale"]], config=ex.SMALL,
+        xs[rank], [ws[0]], **ex.where(gather), x_scale=scales["x_scale"], w_scales=[scales["w_scale"]],
         out_dtype=torch.float32,
     )  # fmt: skip
     torch.testing.assert_close(y, torch.cat(xs).float() @ ws[0].float().t() * 1.5)

@@ -269,7 +269,8 @@ def the_slot_is_empty_before_it_is_read(rank):
 
 
 def exchange(rank, world, mistake, op, splits, slow):
-    """8 calls; `slow` ranks rest before they publish and after they waited. Raises where a result is wrong."""
+    """Calls with data of their own each; `slow` ranks rest before they store and after they waited. Raises where a
+    result is wrong. A mistake shows in the first calls; on a machine with much else to do it has more of them."""
     import triton_matmul_executor as ex
 
     with contextlib.ExitStack() as stack:
@@ -278,12 +279,15 @@ def exchange(rank, world, mistake, op, splits, slow):
             modules = (ex.matmul_parts,) if name == "part_of" else ex.MODULES  # where the parts are added
             stack.enter_context(ex.replaced(name, make, modules))
         if rank in slow:
-            stack.enter_context(ex.stalled("publish", rank, 10_000, share=0.5))
-            stack.enter_context(ex.stalled("wait", rank, 10_000, share=0.5, after=True))
-        for step in range(8):
-            y, channel = one_call(ex, op, rank, world, step, polls=4_000, splits=splits)
+            stack.enter_context(ex.stalled("wait_empty", rank, 40_000, share=1, after=True))
+            stack.enter_context(ex.stalled("publish", rank, 10_000))
+            stack.enter_context(ex.stalled("wait", rank, 20_000, share=0.5, after=True))
+        for step in range(8 if mistake is None else 40):
+            y, channel = one_call(ex, op, rank, world, step, polls=8_000, splits=splits)
             channel.check()
-            assert torch.equal(y, wanted(op, rank, world, step, splits)), f"wrong result in call {step + 1}"
+            if not torch.equal(y, wanted(op, rank, world, step, splits)):
+                ex.give_up(channel)
+                raise AssertionError(f"wrong result in call {step + 1}")
 
 
 def orders(rank, world, mistake, op, splits, slow):
@@ -346,4 +350,4 @@ def test_a_mistake_is_seen(mistake, scene):
     body, world, *rest = SCENES[scene]
     *_, failures = run_ranks(body, world, mistake, *rest, expect_failure=True)
     said = "\n".join(failures.values())
-    assert any(word in said for word in ("wrong result in call", "different bits", "ChannelError")), said
+    assert any(word in said for word in ("wrong result in call", "different bits")), said
