@@ -163,8 +163,8 @@ def all_reduce_in_two_shots(
     if arrived & free:
         for step in range(WORLD):
             there = words_of(pointers, (rank + 1 + step) % WORLD)
-            publish(full_flag(there, rank, HALF + piece, call, WORLD, CHUNKS), call)
-    arrived = wait_for_all(words, HALF + piece, call, pointers, rank, polls, WORLD, CHUNKS)
+            publish(full_flag(there, rank, piece + HALF, call, WORLD, CHUNKS), call)
+    arrived = wait_for_all(words, piece + HALF, call, pointers, rank, polls, WORLD, CHUNKS)
     for owner in range(WORLD):
         begin = tl.cast(owner, tl.int64) * stride
         part = part_of(words, WORLD + owner, stride, call, slot_bytes, DTYPE, WORLD, CHUNKS)

@@ -83,7 +83,7 @@ def wait(flag, call, pointers, rank, code, peer, index, polls, WORLD: tl.constex
             tl.store(words + ERROR + 2, index)
             tl.store(words + ERROR + 3, call)
         for other in range(WORLD):
-            tl.atomic_xchg(words_of(pointers, other) + ABORT, ABORT_FOR + culprit, sem="release", scope="sys")
+            tl.atomic_xchg(words_of(pointers, other) + ABORT, culprit + ABORT_FOR, sem="release", scope="sys")
     tl.debug_barrier()
     return arrived
 
