@@ -31,7 +31,7 @@ train: install  ## the main job: four ranks learn the standard library's sources
 	$(BIN)/pypar train --dp 2 --tp 2 --zero 1
 
 test: check  ## every test, the long ones included
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --junitxml=build/tests.xml
 
 verify-matrix: install  ## every plan against one process, 20 minutes; writes docs/matrix.md
 	$(BIN)/python tests/hybrid/matrix.py --docs docs/matrix.md
@@ -72,7 +72,8 @@ cuda-build: $(CUDA_VENV)/.installed  ## compiles, links and imports the CUDA par
 	cd build && ../$(CUDA_VENV)/bin/python ../tests/kernels/import_cuda.py
 
 kernels-full: install  ## the GPU kernels on CPU ranks: more ranks and rounds than `make test` has
-	PYPAR_KERNELS_FULL=1 $(BIN)/python -m pytest tests/kernels
+	PYPAR_KERNELS_FULL=1 $(BIN)/python -m pytest tests/kernels --junitxml=build/kernels.xml
+	$(BIN)/python tests/kernels/page.py build/kernels.xml --docs docs/kernels.md
 
 gpu: install  ## on a machine with GPUs: suite, compute-sanitizer, times, one report in bench/results/gpu
 	$(BIN)/python -m bench.gpu
