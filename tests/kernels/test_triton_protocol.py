@@ -330,7 +330,7 @@ def play(rank, world, mistake, scene):
     return functools.partial(body, rank, world, MISTAKES[mistake] if mistake else None)(*rest)
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("scene", [pytest.param(s, marks=pytest.mark.slow) if "four ranks" in s else s for s in SCENES])
 def test_without_a_mistake_every_scene_goes_well(scene):
     run_ranks(play, SCENES[scene][1], None, scene)
 

@@ -17,7 +17,8 @@ VOCABULARIES = {
     3: ([0, 1, 0], [3, 0, 1000], [5, 5, 5]),
     4: ([0, 1, 7, 0], [1, 1, 1, 1], [9, 1000, 0, 33]),
 }
-ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# One unit in the last place: next to a tie the float32 before the rounding decides, which may differ in its last bits.
+ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def full_logits(T, V, dtype, seed=0):
