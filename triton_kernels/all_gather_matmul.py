@@ -2,12 +2,13 @@
 
     open_call            waits until the slots are free and writes down the number of the call
     push_shard           stores the own shard into the peers' slots [world_size][rows_max][K], a flag behind each; or
-    push_by_copies       has the copy engine do that
+    push_by_copies       has the copy engine store it, and tell_pushed raises the flags
     gathered_matmul      persistent: the tiles of the own shard, read in place, then those of rank + 1, ...
 
 Whoever needs a shard first gets it first: rank - 1, then rank - 2, ... The pushes run beside the matmul, on a stream of
 their own. A matmul that held every multiprocessor while push_shard waits for one would wait for peers in the same
-position, for good: it leaves PUSH_PROGRAMS of them free. Compiled and executed under emulation; not yet run on a GPU.
+position, for good: it leaves PUSH_PROGRAMS of them free, one for tell_pushed. Compiled and executed under emulation; not
+yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def push_shard(
 
 
 @triton.jit
+def tell_pushed(opened, pointers, rank, WORLD: tl.constexpr, CHUNKS: tl.constexpr):
+    """Program p tells rank - 1 - p that the copies in front of this kernel are there: full[rank][0]."""
+    call = tl.load(opened)
+    if tl.load(opened + 1) != 0:
+        there = words_of(pointers, (rank + WORLD - 1 - tl.program_id(0)) % WORLD)
+        publish(full_flag(there, rank, 0, call, WORLD, CHUNKS), call)
+
+
+@triton.jit
 def gathered_matmul(
     x,
     weights,
@@ -117,7 +127,7 @@ def gathered_matmul(
     W_TMA: tl.constexpr,
 ):
     """ys[i] [M, Ns[i]]. Shard by shard, in each all weights; program 0 waits for every shard, so that none is still
-    under way when the call ends. Its waits pair with the publish of push_shard, or the flag that is copied."""
+    under way when the call ends. Its waits pair with the publish of push_shard or of tell_pushed."""
     words = words_of(pointers, rank)
     call = this_call(words)
     slot = slot_of(words, call, slot_bytes, WORLD, CHUNKS).to(tl.pointer_type(x.dtype.element_ty))
@@ -247,8 +257,9 @@ def all_gather_matmul(
             _push_by_kernel(x, opened, pointers, rank, world_size, slot_bytes, max(rows) * K)
         else:
             push_by_copies(x, opened, addresses, rank, slot_bytes, max(rows) * K, call, CHUNKS)
+            tell_pushed[(world_size - 1,)](opened, pointers, rank, WORLD=world_size, CHUNKS=CHUNKS)
 
-    join = beside(push, x.device, in_thread=addresses is not None) if world_size > 1 and rows[rank] else lambda: None
+    join = beside(push, x.device) if world_size > 1 and x.numel() else lambda: None
     tiles = sum(triton.cdiv(r, config.block_m) for r in rows) * sum(
         triton.cdiv(w.shape[0], config.block_n) for w in weights
     )
@@ -257,7 +268,7 @@ def all_gather_matmul(
     if w_tma:
         let_descriptors_allocate(x.device)
     given = tuple(biases) if biases else (None,) * len(weights)
-    spare = PUSH_PROGRAMS if addresses is None and world_size > 1 else 0
+    spare = 0 if world_size == 1 else PUSH_PROGRAMS if addresses is None else 1
     gathered_matmul[(programs_of(config, tiles, x.device, spare),)](
         x,
         tuple(weights),

@@ -1,11 +1,10 @@
-"""Copies into peers' slots by the copy engine, which takes no multiprocessor from the matmul; on CPU a thread plays it.
+"""Copies into peers' slots by the copy engine, which takes no multiprocessor from the matmul; plain copies on CPU.
 
 Compiled and executed under emulation; not yet run on a GPU.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,11 +16,6 @@ def memory_at(address: int, num_bytes: int, device: torch.device) -> torch.Tenso
     """uint8 [num_bytes]: a peer's memory as this rank maps it. It must outlive the tensor."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
-
-
-def flag_offset(source: int, chunk: int, call: int, world_size: int, chunks: int) -> int:
-    """Bytes from the start of a channel to full[call & 1][source][chunk]."""
-    return 4 * (HEADER_WORDS + ((call & 1) * world_size + source) * chunks + chunk)
 
 
 def slot_offset(call: int, slot_bytes: int, world_size: int, chunks: int) -> int:
@@ -40,10 +34,10 @@ def push_by_copies(
     call: int | None,
     chunks: int,
 ) -> None:
-    """x to place `rank` of every peer's slot, rank - 1 first, and behind it the number of the call to the flag.
+    """x to place `rank` of every peer's slot, rank - 1 first.
 
-    The second copy begins when the first is complete, here as on a stream: that is the release. opened: as open_call
-    writes it; the flag is copied from it, so that a call whose number the host has wrong raises no flag that counts.
+    No flag: what a copy engine writes has no strength in PTX's memory model, so a kernel behind the copies publishes.
+    opened: as open_call writes it; on a GPU the host goes by `call`, which has to be the same.
     """
     world_size = len(addresses)
     if x.device.type == "cpu":
@@ -60,39 +54,18 @@ def push_by_copies(
         peer = addresses[(rank - step) % world_size]
         shard = peer + slot_offset(call, slot_bytes, world_size, chunks) + rank * stride_shard * x.element_size()
         memory_at(shard, num_bytes, x.device).copy_(x.view(-1).view(torch.uint8), non_blocking=True)
-        flag = memory_at(peer + flag_offset(rank, 0, call, world_size, chunks), 4, x.device)
-        flag.view(torch.int32).copy_(opened[:1], non_blocking=True)
 
 
-def beside(push: Callable[[], None], device: torch.device, in_thread: bool) -> Callable[[], None]:
+def beside(push: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Starts `push` beside what the caller does next; the function returned makes what follows it come after.
 
-    On a GPU on another stream; on CPU in a thread, or at once where push is a kernel, since Triton's interpreter runs
-    one at a time.
+    On a GPU on another stream; on CPU at once, since Triton's interpreter runs one kernel at a time.
     """
-    if device.type == "cuda":
-        current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            push()
-        return lambda: current.wait_stream(stream)
-    if not in_thread:
+    if device.type != "cuda":
         push()
         return lambda: None
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            push()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def join() -> None:
-        thread.join()
-        if raised:
-            raise raised[0]
-
-    return join
+    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        push()
+    return lambda: current.wait_stream(stream)

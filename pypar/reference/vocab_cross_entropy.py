@@ -22,7 +22,7 @@ def _all_sizes(columns: int, sizes: list[int] | None, name: str) -> list[int]:
     return sizes if sizes is not None else [columns] * group_of(name).size()
 
 
-def _own_columns(columns: int, target: torch.Tensor, sizes: list[int] | None, ignore: int, name: str) -> range:
+def own_columns(columns: int, target: torch.Tensor, sizes: list[int] | None, ignore: int, name: str) -> range:
     """Of this rank; and no target may lie outside the vocabulary."""
     group = group_of(name)
     all_sizes = _all_sizes(columns, sizes, name)
@@ -68,7 +68,7 @@ def vocab_cross_entropy(
     determinism: str = "run",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of the losses, how many there are, and of each row [max, sum of e^(x - max)], as [2, T]."""
-    own = _own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
+    own = own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
     x = logits.to(wide_type(logits.dtype))
     rows = torch.arange(len(target), device=x.device)
     x_max, exp_sum = _max_and_sum(x)
@@ -109,7 +109,7 @@ def vocab_cross_entropy_dlogits(
     group_name: str,
 ) -> torch.Tensor:
     """(softmax - what the target wants) * dloss, of this rank's columns; 0 in rows that are ignored."""
-    own = _own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
+    own = own_columns(logits.shape[1], target, sizes, ignore_index, group_name)
     vocabulary = sum(sizes) if sizes is not None else len(own) * group_of(group_name).size()
     grads = torch.exp(logits.to(stats.dtype) - stats[0][:, None]) / stats[1][:, None]
     wanted = (target[:, None] == torch.arange(own.start, own.stop, device=target.device)).to(stats.dtype)

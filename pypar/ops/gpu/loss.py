@@ -9,7 +9,7 @@ import torch
 
 from pypar.ops.gpu.run import channel_for, peers_of, triton_kernels, where
 from pypar.reference.collectives import is_layout, size_of
-from pypar.reference.vocab_cross_entropy import _own_columns as own_columns
+from pypar.reference.vocab_cross_entropy import own_columns
 from pypar.reference.vocab_cross_entropy import vocab_cross_entropy as reference
 from pypar.reference.vocab_cross_entropy import vocab_cross_entropy_dlogits as dlogits_reference
 

@@ -18,7 +18,7 @@ STRONG = ("relaxed", "acquire", "release", "acq_rel")
 
 @dataclass(frozen=True)
 class Op:
-    """kind: R, W, RMW (adds `value`), F (a fence), BAR. want: the value that a read has to find."""
+    """kind: R, W, RMW (adds `value`), F (a fence), BAR. A read has to find the value `want`, or `least` or more."""
 
     kind: str
     loc: str = ""
@@ -27,11 +27,14 @@ class Op:
     sem: str = "weak"
     scope: str = "cta"
     want: int | None = None
+    least: int | None = None
     is_async: bool = False  # a write that later operations of its thread don't wait for
 
 
-def load(reg: str, loc: str, sem: str = "weak", scope: str = "cta", want: int | None = None) -> Op:
-    return Op("R", loc, reg=reg, sem=sem, scope=scope, want=want)
+def load(
+    reg: str, loc: str, sem: str = "weak", scope: str = "cta", want: int | None = None, least: int | None = None
+) -> Op:
+    return Op("R", loc, reg=reg, sem=sem, scope=scope, want=want, least=least)
 
 
 def store(loc: str, value: int, sem: str = "weak", scope: str = "cta", is_async: bool = False) -> Op:
@@ -231,6 +234,8 @@ class Model:
             value = of(source)
             op = self.events[reader].op
             if value is None or (op.want is not None and op.want != value):
+                return None
+            if op.least is not None and value < op.least:
                 return None
             found[reader] = value
         return found

@@ -25,10 +25,11 @@ def publish(flag: str, call: int = 1, sem: str = "release", scope: str = "sys") 
 
 
 def consume(
-    flag: str, call: int = 1, sem: str = "relaxed", has_fence: bool = True, scope: str = "sys"
+    flag: str, call: int = 1, sem: str = "relaxed", has_fence: bool = True, fence_scope: str = "sys"
 ) -> tuple[Op, ...]:
-    """A spin that has found its flag, and the fence behind it."""
-    return (load(f"saw {flag}", flag, sem, scope, want=call), *((fence("acq_rel", scope),) if has_fence else ()))
+    """A spin that has found its flag, of this call or a later one, and the fence behind it."""
+    between = (fence("acq_rel", fence_scope),) if has_fence else ()
+    return (load(f"saw {flag} {call}", flag, sem, "sys", least=call), *between)
 
 
 def push(
@@ -39,6 +40,7 @@ def push(
     poll: str = "relaxed",
     has_fence: bool = True,
     is_async: bool = False,
+    fence_scope: str = "sys",
 ) -> Program:
     """publish() of a block on GPU 0, wait() of a block on GPU 1, whose other thread reads the data."""
     before = (bar(),) if barrier_before else ()
@@ -47,7 +49,7 @@ def push(
         (
             Thread((store("data", 1, is_async=is_async), *before)),
             Thread((*before, publish("full", 1, sem, scope))),
-            Thread((*consume("full", 1, poll, has_fence), *after), gpu=1),
+            Thread((*consume("full", 1, poll, has_fence, fence_scope), *after), gpu=1),
             Thread((*after, load("d", "data")), gpu=1),
         ),
         lambda r: r["d"] == 0,
@@ -102,6 +104,80 @@ def slot_again_by_blocks(count: str = "acq_rel") -> Program:
     )
 
 
+def slot_again_by_threads(gated: bool = True, behind_gate: bool = True, before_finish: bool = True) -> Program:
+    """gate() and finish() with the thread that signals apart from the one that moves data; call 3 is waited for too."""
+    gate, into, out = consume("empty") if gated else (), (bar(),) * behind_gate, (bar(),) * before_finish
+    return Program(
+        (
+            Thread((store("data", 1), bar(), *into, store("data", 3), bar())),
+            Thread((bar(), publish("full"), *gate, *into, bar(), publish("full", 3))),
+            Thread((*consume("full"), bar(), *out, publish("empty"), *consume("full", 3), bar()), gpu=1),
+            Thread((bar(), load("d", "data"), *out, bar(), load("e", "data")), gpu=1),
+        ),
+        lambda r: (r["d"], r["e"]) != (1, 3),
+    )
+
+
+def pairs_again(gated: bool = True, early: bool = False) -> Program:
+    """A pair of call 1 (11), overwritten by call 3 (31): it must still be there when call 1 looks."""
+    said, read = publish("empty"), load("p", "pair", "relaxed", "sys", least=11)
+    return Program(
+        (
+            Thread(
+                (
+                    store("pair", 11, "relaxed", "sys"),
+                    *(consume("empty") if gated else ()),
+                    store("pair", 31, "relaxed", "sys"),
+                )
+            ),
+            Thread((said, read) if early else (read, said), gpu=1),
+        ),
+        lambda r: r["p"] != 11,
+    )
+
+
+def end_of_call(count: str = "acq_rel") -> Program:
+    """Every block reads the epoch as it begins; the last one to count writes done and epoch without an order."""
+
+    def begins(reg: str) -> Op:
+        return load(reg, "epoch")
+
+    return Program(
+        (
+            Thread((begins("a"), bar())),
+            Thread((begins("b"), bar(), add("first", "done", 1, count, "gpu", want=0))),
+            Thread((bar(), add("last", "done", 1, count, "gpu", want=1), store("done", 0), store("epoch", 1)), block=1),
+            Thread((begins("c"), bar()), block=1),
+        ),
+        lambda r: 1 in (r["a"], r["b"], r["c"]),
+    )
+
+
+def copy_again(gated: bool = True, waits: bool = True) -> Program:
+    """Copies use one slot: a kernel that gates, the copy, a kernel that publishes, one behind the other."""
+    return Program(
+        (
+            Thread(consume("empty") if gated else ()),
+            Thread((store("data", 2),), block=8, kernel=1 if waits else 0),
+            Thread((publish("full", 2),), kernel=2),
+            Thread((load("d", "data"), publish("empty"), *consume("full", 2), load("e", "data")), gpu=1),
+        ),
+        lambda r: (r["d"], r["e"]) != (0, 2),
+    )
+
+
+def freed_by_kernel(waits: bool = True) -> Program:
+    """zero_gather_free: the slot's readers are kernels in front of the one that gives it back."""
+    return Program(
+        (
+            Thread((*consume("empty"), store("data", 2))),
+            Thread((load("d", "data"),), gpu=1, block=8),
+            Thread((publish("empty"),), gpu=1, kernel=1 if waits else 0),
+        ),
+        lambda r: r["d"] != 0,
+    )
+
+
 def parities(slots: int) -> Program:
     """GPU 0 writes calls 1 and 2 without waiting in between; GPU 1 reads call 1 meanwhile."""
     second = "data 1" if slots == 2 else "data 0"
@@ -139,6 +215,18 @@ def pairs(split: bool) -> Program:
         (
             Thread((store("data", 1, "relaxed", "sys"), store("call", 1, "relaxed", "sys"))),
             Thread((load("c", "call", "relaxed", "sys", want=1), load("d", "data", "relaxed", "sys")), gpu=1),
+        ),
+        lambda r: r["d"] == 0,
+    )
+
+
+def told_by_copy() -> Program:
+    """A flag that a copy engine writes: a weak write to the axioms, however the two copies follow each other."""
+    return Program(
+        (
+            Thread((store("data", 1),), kernel=0),
+            Thread((store("full", 1),), kernel=1),
+            Thread((*consume("full"), load("d", "data")), gpu=1),
         ),
         lambda r: r["d"] == 0,
     )
@@ -205,6 +293,7 @@ EDGES = [
         {
             "published without release": push(sem="relaxed"),
             "waited without acquire": push(has_fence=False),
+            "acquired at the GPU's scope": push(fence_scope="gpu"),
             "polled with weak (volatile) loads": push(poll="weak"),
             "signalled at the GPU's scope to another GPU": push(scope="gpu"),
             "no bar.sync before the flag": push(barrier_before=False),
@@ -238,8 +327,23 @@ EDGES = [
         slot_again_by_blocks(),
         {"counted without order": slot_again_by_blocks("relaxed")},
     ),
+    Edge(
+        "a slot is used again, by threads of blocks",
+        slot_again_by_threads(),
+        {
+            "no gate": slot_again_by_threads(gated=False),
+            "no bar.sync behind the gate": slot_again_by_threads(behind_gate=False),
+            "no bar.sync before the slot is given back": slot_again_by_threads(before_finish=False),
+        },
+    ),
     Edge("two parities, no wait between two calls", parities(2), {"one slot for both": parities(1)}),
     Edge("the next kernel reads the epoch", next_kernel(1), {"a block of the same kernel reads it": next_kernel(0)}),
+    Edge("the last block ends the call", end_of_call(), {"counted without order": end_of_call("relaxed")}),
+    Edge(
+        "8-byte pairs are used again",
+        pairs_again(),
+        {"no gate": pairs_again(gated=False), "given back before it was read": pairs_again(early=True)},
+    ),
     Edge("8-byte pairs of data and call", pairs(False), {"two accesses of 4 bytes": pairs(True)}),
     Edge(
         "ring of one slot",
@@ -252,5 +356,19 @@ EDGES = [
         abort_word(),
         {"told without release": abort_word("relaxed"), "read without acquire": abort_word(has_fence=False)},
     ),
-    Edge("copy engine, then a kernel that signals", copy_engine(), {"the signal does not wait": copy_engine(False)}),
+    Edge(
+        "copy engine, then a kernel that signals",
+        copy_engine(),
+        {"the signal does not wait": copy_engine(False), "the copy engine writes the flag too": told_by_copy()},
+    ),
+    Edge(
+        "the copy engine's slot is used again",
+        copy_again(),
+        {"no gate": copy_again(gated=False), "the copy does not wait for the gate": copy_again(waits=False)},
+    ),
+    Edge(
+        "a slot is freed by a kernel behind its readers",
+        freed_by_kernel(),
+        {"the kernel does not wait for them": freed_by_kernel(waits=False)},
+    ),
 ]
