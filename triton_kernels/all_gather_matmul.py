@@ -7,8 +7,8 @@
 
 Whoever needs a shard first gets it first: rank - 1, then rank - 2, ... The pushes run beside the matmul, on a stream of
 their own. A matmul that held every multiprocessor while push_shard waits for one would wait for peers in the same
-position, for good: it leaves PUSH_PROGRAMS of them free, one for tell_pushed. Compiled and executed under emulation; not
-yet run on a GPU.
+position, for good: it leaves PUSH_PROGRAMS of them free, one for tell_pushed. Compiled and executed under
+emulation; not yet run on a GPU.
 """
 
 from __future__ import annotations
