@@ -18,7 +18,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent.parent)]
 
-from kernels import test_cuda_static, test_triton_matmul_protocol, test_triton_matmul_static  # noqa: E402
+from kernels import (  # noqa: E402
+    bytes_cuda,
+    bytes_triton,
+    test_cuda_static,
+    test_triton_loss_static,
+    test_triton_matmul_protocol,
+    test_triton_matmul_static,
+)
+from kernels.bytes_least import Moved  # noqa: E402
+from kernels.cuda_executor import COMPILER  # noqa: E402
 from kernels.executors import EXECUTORS  # noqa: E402
 
 NOT_RUN = "compiled and executed under emulation; not yet run on a GPU"
@@ -84,7 +93,7 @@ def blocks(target: str, registers: int, shared: int, threads: int) -> int:
 
 def triton_facts() -> str:
     rows = []
-    for r in test_triton_matmul_static.facts():
+    for r in test_triton_matmul_static.facts() + test_triton_loss_static.facts():
         threads = 32 * r["num_warps"]
         rows.append(
             [
@@ -101,6 +110,41 @@ def triton_facts() -> str:
         )
     head = ["kernel", "dtype", "target", "tensor cores", "registers", "spilled bytes", "shared bytes"]
     return table([*head, "blocks per multiprocessor", "widest load / store, bytes"], rows)
+
+
+BYTES = """\
+One call on 2 ranks, the mean over them. Counted, not calculated: every load and store of the kernels as they are, in
+Triton's interpreter with masks respected, and for CUDA where g++ reports each access (`tests/kernels/bytes_*.py`).
+
+* local: tensors and the own slots, read and written. The own flags are left out: how often one looks is chance. What
+  the host does around the kernels is, too. Operands of a matmul count each time a tile of 64 x 64 reads them, which on
+  a GPU is mostly answered by its caches.
+* to peers: stored in other ranks' memory, flags too. No kernel loads from there.
+* least: each input read once, each result written once, and what the other ranks can't know otherwise, sent once
+  (`tests/kernels/bytes_least.py`). A slot is no part of that: what lies in one has to be read once more."""
+
+
+def bytes_moved() -> str:
+    def cells(row: Moved) -> list[str]:
+        local, least = row.read + row.written, row.least.read + row.least.written
+        there = f"{row.peers_ratio:.2f}" if row.least.to_peers else "-"
+        counts = [f"{row.read:,.0f}", f"{row.written:,.0f}", f"{least:,.0f}", f"{local / least:.2f}"]
+        return [row.kernel, row.shape, row.dtype, *counts, f"{row.to_peers:,.0f}", f"{row.least.to_peers:,.0f}", there]
+
+    head = ["kernel", "shape", "dtype", "read", "written", "least of both", "ratio", "to peers", "least", "ratio"]
+    cuda = table(head, [cells(row) for row in bytes_cuda.rows()]) if COMPILER else "g++ was not here."
+    triton = table(head, [cells(row) for row in bytes_triton.rows()])
+    return "\n\n".join([BYTES, "### CUDA", cuda, BYTES_CUDA, "### Triton", triton, BYTES_TRITON])
+
+
+BYTES_CUDA = """\
+`one_shot` sends pairs, 4 bytes and the number of the call, hence 2.00, and reads its vector twice. `all_gather_copied`
+and `ring` are used where they arrive. `zero_gather` runs the kernels of `all_gather`. `zero_step`: with amsgrad and a
+cast."""
+BYTES_TRITON = """\
+`all_reduce` pushes to itself, too, so that what a CUDA kernel takes from its vector goes through the own slot.
+`vocab_cross_entropy` sends 3 numbers of each row, 4 with smoothing, where 2 must travel: the target's logits and the
+sums of x could be added up over the rows first."""
 
 
 def cuda_facts() -> str:
@@ -150,6 +194,8 @@ def page(cells: list[Cell]) -> str:
             table(["mistake", "seen by"], mistakes),
             "In the interpreter every access is ordered; that these are noticed is seen in the generated PTX:",
             table(["mistake"], memory),
+            "## Bytes moved, against the least possible",
+            bytes_moved(),
             "## What Triton makes of its kernels",
             triton_facts(),
             "## What nvcc makes of the CUDA kernels",
