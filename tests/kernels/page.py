@@ -33,6 +33,7 @@ from kernels.executors import EXECUTORS  # noqa: E402
 NOT_RUN = "compiled and executed under emulation; not yet run on a GPU"
 # Of a multiprocessor: registers, bytes of shared memory, threads.
 LIMITS = {"80": (65536, 167936, 2048), "90": (65536, 233472, 2048), "100": (65536, 233472, 2048)}
+CUDA_TARGETS = ("80", "90a", "100a")
 Cell = tuple[str, str, str]  # file's stem, test, outcome
 
 
@@ -91,9 +92,9 @@ def blocks(target: str, registers: int, shared: int, threads: int) -> int:
     return min(of_registers, all_shared // (shared + 1024), all_threads // threads)
 
 
-def triton_facts() -> str:
+def triton_facts(facts: list[dict]) -> str:
     rows = []
-    for r in test_triton_matmul_static.facts() + test_triton_loss_static.facts():
+    for r in sorted(facts, key=lambda r: (r["kernel"], r["dtype"], r["target"])):
         threads = 32 * r["num_warps"]
         rows.append(
             [
@@ -104,19 +105,24 @@ def triton_facts() -> str:
                 r["registers"],
                 r["stack_bytes"],
                 r["shared_bytes"],
+                threads,
                 blocks(str(r["target"]), r["registers"], r["shared_bytes"], threads),
                 f"{r['widest_load_bytes']} / {r['widest_store_bytes']}",
             ]
         )
-    head = ["kernel", "dtype", "target", "tensor cores", "registers", "spilled bytes", "shared bytes"]
+    head = ["kernel", "dtype", "target", "tensor cores", "registers", "spilled bytes", "shared bytes", "threads"]
     return table([*head, "blocks per multiprocessor", "widest load / store, bytes"], rows)
 
+
+TRITON = """\
+Registers and spilled bytes are those of a thread, shared bytes and threads those of a block. Loads through descriptors
+(TMA) are not among the widest loads: matmuls of halves and float8 from sm_90 on read their operands by them."""
 
 BYTES = """\
 One call on 2 ranks, the mean over them. Counted, not calculated: every load and store of the kernels as they are, in
 Triton's interpreter with masks respected, and for CUDA where g++ reports each access (`tests/kernels/bytes_*.py`).
 
-* local: tensors and the own slots, read and written. The own flags are left out: how often one looks is chance. What
+* locally: tensors and the own slots, read and written. The own flags are left out: how often one looks is chance. What
   the host does around the kernels is, too. Operands of a matmul count each time a tile of 64 x 64 reads them, which on
   a GPU is mostly answered by its caches.
 * to peers: stored in other ranks' memory, flags too. No kernel loads from there.
@@ -131,16 +137,17 @@ def bytes_moved() -> str:
         counts = [f"{row.read:,.0f}", f"{row.written:,.0f}", f"{least:,.0f}", f"{local / least:.2f}"]
         return [row.kernel, row.shape, row.dtype, *counts, f"{row.to_peers:,.0f}", f"{row.least.to_peers:,.0f}", there]
 
-    head = ["kernel", "shape", "dtype", "read", "written", "least of both", "ratio", "to peers", "least", "ratio"]
+    head = ["kernel", "shape", "dtype", "read locally", "written locally", "least of both", "times the least"]
+    head += ["to peers", "least to peers", "times the least"]
     cuda = table(head, [cells(row) for row in bytes_cuda.rows()]) if COMPILER else "g++ was not here."
     triton = table(head, [cells(row) for row in bytes_triton.rows()])
     return "\n\n".join([BYTES, "### CUDA", cuda, BYTES_CUDA, "### Triton", triton, BYTES_TRITON])
 
 
 BYTES_CUDA = """\
-`one_shot` sends pairs, 4 bytes and the number of the call, hence 2.00, and reads its vector twice. `all_gather_copied`
-and `ring` are used where they arrive. `zero_gather` runs the kernels of `all_gather`. `zero_step`: with amsgrad and a
-cast."""
+`one_shot` sends pairs, 4 bytes and the number of the call, hence 2.00, and reads its vector twice. What
+`all_gather_copied` and `ring` bring is used where it arrives. `zero_gather` runs the kernels of `all_gather`.
+`zero_step`: with amsgrad and a cast."""
 BYTES_TRITON = """\
 `all_reduce` pushes to itself, too, so that what a CUDA kernel takes from its vector goes through the own slot.
 `vocab_cross_entropy` sends 3 numbers of each row, 4 with smoothing, where 2 must travel: the target's logits and the
@@ -152,7 +159,7 @@ def cuda_facts() -> str:
         return "nvcc was not here when this page was written."
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for target in test_cuda_static.ARCHITECTURES:
+        for target in CUDA_TARGETS:
             test_cuda_static.ptx_of(Path(folder), target, test_cuda_static.ALL_KERNELS)
             path = Path(folder) / f"kernels_{target}.ptx"
             command = [test_cuda_static.PTXAS, "-v", f"-arch=sm_{target}", str(path), "-o", f"{path}.cubin"]
@@ -166,7 +173,7 @@ def cuda_facts() -> str:
         key = (row[0], row[1])
         most[key] = max(most.get(key, row), row, key=lambda r: r[2])
     head = ["kernel", "target", "registers, at most", "spilled bytes", "blocks of 256 threads per multiprocessor"]
-    return table(head, [list(row) for row in most.values()])
+    return table(head, sorted(most.values(), key=lambda row: row[0]))
 
 
 def short(mangled: str) -> str:
@@ -197,7 +204,11 @@ def page(cells: list[Cell]) -> str:
             "## Bytes moved, against the least possible",
             bytes_moved(),
             "## What Triton makes of its kernels",
-            triton_facts(),
+            TRITON,
+            "### Matmuls",
+            triton_facts(test_triton_matmul_static.facts()),
+            "### all_reduce and the loss",
+            triton_facts(test_triton_loss_static.facts()),
             "## What nvcc makes of the CUDA kernels",
             cuda_facts(),
         ]
