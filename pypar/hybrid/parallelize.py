@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,13 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pypar import symmetric
 from pypar.data_parallel import DataParallel
 from pypar.hybrid.axes import Axes
 from pypar.hybrid.model import HybridModel
 from pypar.hybrid.norm import Norm
 from pypar.hybrid.optimizer import HybridOptimizer, check_elementwise
-from pypar.hybrid.plan import Plan, PlanError
+from pypar.hybrid.plan import Plan
 from pypar.hybrid.recompute import recompute_blocks
 from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.generators import make_schedule
@@ -62,12 +60,6 @@ def parallelize(
     if device.type == "meta":
         raise ValueError("pypar.parallelize: the model is on the meta device; pypar.Zero takes such models by itself")
     axes = Axes.of(plan, device.type)
-    if plan.zero == 3 and plan.tp > 1 and axes.dp_group is not None and not symmetric.shares_memory(axes.dp_group):
-        raise PlanError(
-            "zero=3 with tp",
-            "works where the dp ranks share memory; these are on several hosts, or of another backend",
-            dataclasses.replace(plan, zero=2),
-        )
     if init_sync and plan.world_size > 1:
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         assert dist.group.WORLD is not None
