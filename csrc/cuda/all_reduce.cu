@@ -10,9 +10,8 @@ namespace pypar {
 
 namespace {
 
-constexpr const char* kOp = "all_reduce";
-
 void multimem(const at::Tensor& x, const std::string& op, const AllReduceParams& params, int64_t multicast) {
+  constexpr const char* kOp = "all_reduce";
   TORCH_CHECK_VALUE(params.op == Reduction::sum || params.op == Reduction::avg, kOp, ": op is '", op,
                     "', expected sum or avg for algorithm multimem");
   const DeviceGuard guard(x.device());
@@ -28,6 +27,7 @@ void multimem(const at::Tensor& x, const std::string& op, const AllReduceParams&
 void all_reduce(const at::Tensor& x, at::Tensor& out, const std::string& op, const std::string& algorithm,
                 const at::Tensor& pointers, int64_t rank, int64_t slot_bytes, double timeout_s,
                 const std::optional<at::Tensor>& report, int64_t multicast) {
+  constexpr const char* kOp = "all_reduce";
   check_like(kOp, "x", x, x), check_like(kOp, "out", out, x), check_like(kOp, "pointers", pointers, x);
   TORCH_CHECK_VALUE(out.scalar_type() == x.scalar_type() && out.numel() == x.numel(), kOp, ": out is ",
                     out.scalar_type(), out.sizes(), ", expected ", x.scalar_type(), x.sizes(), " as x");
