@@ -43,6 +43,7 @@ __device__ inline void store_to_ranks(T* multicast, const Vector<T>& y) {
 // Every rank puts its x into its own slot; rank o fetches the sums of chunk o, and stores them to all ranks where the
 // numbers were: nobody else reads those. Block b does part b of every chunk and waits for blocks b only. Pieces: b for
 // numbers, kChunks / 2 + b for sums. Slot: x as it is, up to 16 bytes; what lies behind its end is added, but not read.
+// The fences of publish() and wait() are also between this rank's own numbers and the switch's look at them.
 template <typename T>
 __global__ void multimem_all_reduce(const __grid_constant__ MultimemParams p) {
   constexpr int kNum = Vector<T>::kNum;

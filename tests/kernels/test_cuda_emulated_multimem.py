@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import cuda_executor
 import pytest
 import torch
@@ -209,3 +211,25 @@ def chosen(rank: int, world: int, asks: bool, has: bool, gives: bool) -> tuple[b
 )
 def test_it_is_taken_by_those_who_ask_where_all_ranks_can(asks, has, gives, multimem, two_shot):
     assert run_ranks(chosen, 2, asks, has, gives) == [(True, multimem, two_shot)] * 2
+
+
+def agreed(rank: int, world: int, lacking: int) -> tuple[int, bool, bool]:
+    """The channel's address, and what the group knows of itself, where one rank's memory has no multicast address."""
+    import torch.distributed._symmetric_memory as symm_mem
+
+    group, rendezvous, has = dist.group.WORLD, symm_mem.rendezvous, rank != lacking
+
+    def with_address(memory, group_name):
+        handle = rendezvous(memory, group_name)
+        return types.SimpleNamespace(buffer_ptrs=handle.buffer_ptrs, multicast_ptr=4096 * (rank + 1) * has, kept=handle)
+
+    symm_mem.rendezvous = with_address
+    address = channel_of(group, "agreed", 4096, "cpu").multicast
+    reach._maps_peers = lambda group, device: ("", has)  # a GPU's memory isn't here
+    gpu = torch.device("cuda", 0)
+    return address, reach.reachable(group, gpu), reach.has_multicast(group, gpu)
+
+
+def test_all_ranks_have_an_address_or_none_has():
+    assert run_ranks(agreed, 3, -1) == [(4096, True, True), (8192, True, True), (12288, True, True)]
+    assert run_ranks(agreed, 3, 1) == [(0, True, False)] * 3
