@@ -133,6 +133,8 @@ def programs(find: Find, ops: tuple[str, ...], device: str, is_small: bool) -> I
     """Those that an executor has, one at a time; is_small: for a CPU that only tests this code."""
     sizes = (1 << 10, 8 << 10) if is_small else (1 << 10, 16 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20)
     shapes = ((64, 32, 64),) if is_small else ((2048, 4096, 11008), (8192, 8192, 28672))
+    world = dist.get_world_size()
+    shapes = tuple((rows // world * world, hidden, inner // world * world) for rows, hidden, inner in shapes)
     for op in COLLECTIVES:
         if op in ops:
             yield from (_collective(op, nbytes, find, device) for nbytes in sizes)
