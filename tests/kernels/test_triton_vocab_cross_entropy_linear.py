@@ -116,6 +116,19 @@ def check_needs(rank, world):
             assert same_bits(made, whole) if needed else made.shape == (0, 4) and made.dtype == whole.dtype
 
 
+def check_rounding(rank, world):
+    """dweight is summed in float32, products of halves included: of the very dlogits, nothing else is rounded."""
+    loss = interpreted()
+    hidden, weight, target = matrix(1, 9, 4, torch.bfloat16), matrix(2 + rank, 6, 4, torch.bfloat16), targets(9, 12)
+    shared, logits = (None, IGNORED, 0.1), hidden @ weight.t()
+    stats = loss.vocab_cross_entropy(logits, target, *shared, name())[2]
+    dlogits = loss.vocab_cross_entropy_dlogits(logits, target, stats, torch.tensor(1.0), *shared, name())
+    want = dlogits.float().t() @ hidden.float()
+    for chunk_rows in (4, 9):
+        got = loss.linear_vocab_cross_entropy(hidden, weight, target, *shared, chunk_rows, False, True, name())[3]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def check_choices(rank, world):
     """float64, determinism "layout", and no Triton: no kernel runs."""
     loss = interpreted()
@@ -162,6 +175,7 @@ def check_errors(rank, world):
 def check_the_rest(rank, world):
     check_choices(rank, world)
     check_needs(rank, world)
+    check_rounding(rank, world)
     check_errors(rank, world)
 
 
