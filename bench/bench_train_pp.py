@@ -23,7 +23,8 @@ EPILOG = f"""variants
   none                each rank the whole model on half of the micro-batches: compute / 2
   torch-gpipe-gloo    torch.distributed.pipelining over gloo; torch-1f1b-gloo, torch-zbv-gloo, torch-1f1b-pypar
   pp-gpipe-pypar      pypar.Pipeline over its rings; pp-1f1b-pypar, pp-zbh1-pypar, pp-zb2p-pypar, pp-zbv-pypar;
-                      pp-1f1b-balanced, pp-zb2p-balanced, pp-zbv-balanced: with stages that may end inside a block
+                      pp-gpipe-balanced, pp-1f1b-balanced, pp-zb2p-balanced, pp-zbv-balanced: stages that may end
+                      inside a block
 
 models (million parameters; 8 micro-batches of one sequence of 256 tokens)
 {MODELS}

@@ -42,6 +42,7 @@ WAYS = {
     "pp-zbh1-pypar": Way("pypar", "zbh1", "pypar"),
     "pp-zb2p-pypar": Way("pypar", "zb2p", "pypar"),
     "pp-zbv-pypar": Way("pypar", "zbv", "pypar"),
+    "pp-gpipe-balanced": Way("pypar", "gpipe", "pypar", "balanced"),
     "pp-1f1b-balanced": Way("pypar", "1f1b", "pypar", "balanced"),
     "pp-zb2p-balanced": Way("pypar", "zb2p", "pypar", "balanced"),
     "pp-zbv-balanced": Way("pypar", "zbv", "pypar", "balanced"),

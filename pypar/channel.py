@@ -50,6 +50,7 @@ class Channel:
     pointers: torch.Tensor  # int64 [world_size], on the device
     report: torch.Tensor  # int32 [4] of the host, pinned where there is a GPU: code, rank, index, call of an error
     ranks: list[int]  # of the world, for messages
+    multicast: int = 0  # where one access reaches `memory` of all ranks (NVLink SHARP); 0 unless every rank has one
 
     def words(self) -> torch.Tensor:
         return self.memory[: 4 * HEADER_WORDS].view(torch.int32)
@@ -122,6 +123,8 @@ def channel_of(
     memory = symm_mem.empty(total, dtype=torch.uint8, device=device)
     memory.zero_()
     handle: Any = symm_mem.rendezvous(memory, group.group_name)
+    multicasts: list[int] = [0] * group.size()
+    dist.all_gather_object(multicasts, int(handle.multicast_ptr or 0), group=group)
     dist.barrier(group)  # nobody signals before every channel is zero
     signed = struct.unpack(f"{group.size()}q", struct.pack(f"{group.size()}Q", *handle.buffer_ptrs))
     memory._pypar_rendezvous = handle  # type: ignore[attr-defined]
@@ -135,6 +138,7 @@ def channel_of(
         torch.tensor(signed, dtype=torch.int64, device=device),
         torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda"),
         dist.get_process_group_ranks(group),
+        multicasts[group.rank()] if all(multicasts) else 0,
     )
     kept.append(channel)
     return channel

@@ -95,6 +95,17 @@ def _triton_part() -> str:
     return f"there, unused: no GPU is visible, CPU tensors run the C++ kernels ({NOT_RUN})"
 
 
+def _multicast() -> str:
+    """Whether the NVLink switch can add, as torch's symmetric memory sees it: each rank then agrees with its peers."""
+    if not torch.cuda.is_available():
+        return "unused: no GPU is visible"
+    has = torch._C._distributed_c10d._SymmetricMemory.has_multicast_support
+    lack = [i for i in range(torch.cuda.device_count()) if not has(torch._C._autograd.DeviceType.CUDA, i)]
+    if lack:
+        return f"absent on GPU {', '.join(map(str, lack))}: all_reduce adds on the GPUs"
+    return f"there: all_reduce takes it where Limits(multimem=True) asks for it ({NOT_RUN})"
+
+
 def report() -> Iterator[tuple[str, str]]:
     """(name, value) rows; also what the benches write beside their numbers."""
     from pypar import __version__
@@ -111,6 +122,7 @@ def report() -> Iterator[tuple[str, str]]:
     yield "compiled extension", _extension()
     yield "CUDA kernels", _cuda_part()
     yield "Triton kernels", _triton_part()
+    yield "NVLink multicast", _multicast()
     yield "huge pages for shared memory", _huge_pages()
     if backend.extension is not None:
         yield "transport", "ranks of one host: shared memory (memfd); between hosts: gloo"

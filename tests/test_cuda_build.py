@@ -43,3 +43,4 @@ def test_doctor_says_what_is_there_and_why_it_is_unused():
         assert "absent" in rows["CUDA kernels"] and "torch was built without CUDA" in rows["CUDA kernels"]
     if not torch.cuda.is_available():
         assert "no GPU is visible" in rows["Triton kernels"] or "not installed" in rows["Triton kernels"]
+        assert rows["NVLink multicast"] == "unused: no GPU is visible"

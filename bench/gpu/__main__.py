@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "tests"))  # the executors
 from kernels.executors import EXECUTORS, Executor  # noqa: E402
 
 from bench.gpu import measure, report  # noqa: E402
+from bench.gpu.limits import Reached  # noqa: E402
 from pypar.testing import RankFailed, run_ranks  # noqa: E402
 
 SUITE = "tests/kernels/test_executors.py"
@@ -68,9 +69,24 @@ def machine(executor: Executor) -> str:
     if executor.device == "cuda":
         lines += [f"GPU {i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
         lines.append(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+        lines.append(f"CUDA_DEVICE_MAX_CONNECTIONS {os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', 'not set')}")
     else:
         lines.append(f"executor {executor.name}, on a CPU: times of a GPU are not what this is")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def time_all(executor: Executor, world: int, folder: Path, small: bool, rounds: int) -> str:
+    """Leaves folder/times.json, as far as it got; "" or why it didn't get to the end."""
+    (folder / "times.json").unlink(missing_ok=True)
+    os.environ.update(executor.environment)
+    try:
+        run_ranks(
+            measure.rows, world, executor.name, small, rounds, str(folder), backend=executor.backend, timeout_s=120,
+            limit_s=1800,
+        )  # fmt: skip
+    except RankFailed as error:
+        return str(error)
+    return ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,22 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     cells = run_tests(executor.name, folder, select)
     sanitized = run_sanitizer(executor, folder, select)
     print(f"{executor.name}: times on {world} ranks ...", flush=True)
-    os.environ.update(executor.environment)
-    measured: dict[str, Any] = {}
-    failure = ""
-    try:
-        measured = run_ranks(
-            measure.rows,
-            world,
-            executor.name,
-            arguments.small,
-            arguments.rounds,
-            backend=executor.backend,
-            timeout_s=120,
-            limit_s=1800,
-        )[0]
-    except RankFailed as error:
-        failure = str(error)
+    failure = time_all(executor, world, folder, arguments.small, arguments.rounds)
+    measured = json.loads((folder / "times.json").read_text()) if (folder / "times.json").exists() else {}
     rows = measured.get("rows", [])
     parts = [
         f"# pypar's GPU kernels on {executor.name}, {datetime.date.today()}",
@@ -125,12 +127,12 @@ def main(argv: list[str] | None = None) -> int:
         report.write_csv(rows, folder / "times.csv")
         report.chart(rows, f"{executor.name}, {world} ranks", folder / "times.png")
         parts += [
-            report.limits_table(measured["reached"]),
+            report.limits_table(Reached(**measured["reached"])),
             report.bench_table(rows),
             "![share of the limits](times.png)",
         ]
     if failure:
-        parts.append(f"The timing failed:\n\n```\n{failure}\n```")
+        parts.append(f"The timing failed, after what is above:\n\n```\n{failure}\n```")
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print(f"{folder / 'report.md'}")
     return 1 if failure or any(outcome == "failed" for _, outcome, _ in cells) else 0

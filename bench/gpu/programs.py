@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-Run = Callable[[], Any]
+from bench.gpu.peers import Make, Run, peers_of
+
 Find = Callable[[str], Callable[..., Any]]
 
 
 @dataclass
 class Program:
-    """One op at one size. variants[0] is pypar; flops, memory and peer bytes are of one rank."""
+    """One op at one size. variants[0] is pypar; flops, memory and peer bytes are of one rank. peers: variants that may
+    not be there, or not work."""
 
     op: str
     size: str
@@ -24,6 +26,7 @@ class Program:
     flops: float = 0.0
     memory_bytes: float = 0.0
     peer_bytes: float = 0.0
+    peers: dict[str, Make] = field(default_factory=dict)
 
 
 def _collective(op: str, nbytes: int, find: Find, device: str) -> Program:
@@ -58,12 +61,6 @@ def _collective(op: str, nbytes: int, find: Find, device: str) -> Program:
     return Program(op, f"{nbytes >> 10} KiB", variants, "bfloat16", peer_bytes=peer_bytes)
 
 
-def _async_tp(op: str, *arguments: Any) -> dict[str, Run]:
-    """torch's own overlapped matmuls, where they are: for CUDA."""
-    function = getattr(torch.ops.symm_mem, op, None)
-    return {} if function is None or not torch.cuda.is_available() else {"torch async-TP": lambda: function(*arguments)}
-
-
 def _random(rows: int, columns: int, device: str, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(rows, columns, device=device) * scale).to(torch.bfloat16)
 
@@ -78,7 +75,6 @@ def _gather_matmul(rows: int, hidden: int, inner: int, find: Find, device: str) 
         return gathered @ w.t()
 
     variants = {"pypar": lambda: ours(x, [w], [], None, name)[0], "torch": theirs}
-    variants |= _async_tp("fused_all_gather_matmul", x, [w.t()], 0, name)
     flops = 2.0 * rows * hidden * inner / world
     return Program(
         "all_gather_matmul",
@@ -87,6 +83,7 @@ def _gather_matmul(rows: int, hidden: int, inner: int, find: Find, device: str) 
         "bfloat16",
         flops,
         peer_bytes=x.nbytes * (world - 1),
+        peers=peers_of("all_gather_matmul", x, w),
     )
 
 
@@ -94,6 +91,7 @@ def _row_parallel(op: str, rows: int, hidden: int, inner: int, find: Find, devic
     world, name = dist.get_world_size(), dist.group.WORLD.group_name
     x, w = _random(rows, inner // world, device), _random(hidden, inner // world, device, inner**-0.5)
     part, ours = torch.empty(rows // world, hidden, dtype=x.dtype, device=device), find(op)
+    peers: dict[str, Make] = {}
     if op == "matmul_all_reduce":
 
         def theirs() -> torch.Tensor:
@@ -109,10 +107,11 @@ def _row_parallel(op: str, rows: int, hidden: int, inner: int, find: Find, devic
             return part
 
         variants = {"pypar": lambda: ours([x], [w], None, None, None, name), "torch": theirs}
-        variants |= _async_tp("fused_matmul_reduce_scatter", x, w.t(), "sum", 0, name)
+        peers = peers_of(op, x, w)
     flops = 2.0 * rows * hidden * inner / world
     peer_bytes = part.nbytes * (world - 1) * (2 if op == "matmul_all_reduce" else 1)
-    return Program(op, f"{rows} x {hidden} x {inner}", variants, "bfloat16", flops, peer_bytes=peer_bytes)
+    size = f"{rows} x {hidden} x {inner}"
+    return Program(op, size, variants, "bfloat16", flops, peer_bytes=peer_bytes, peers=peers)
 
 
 def _step(numel: int, find: Find, device: str) -> Program:
@@ -134,6 +133,8 @@ def programs(find: Find, ops: tuple[str, ...], device: str, is_small: bool) -> I
     """Those that an executor has, one at a time; is_small: for a CPU that only tests this code."""
     sizes = (1 << 10, 8 << 10) if is_small else (1 << 10, 16 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20)
     shapes = ((64, 32, 64),) if is_small else ((2048, 4096, 11008), (8192, 8192, 28672))
+    world = dist.get_world_size()
+    shapes = tuple((rows // world * world, hidden, inner // world * world) for rows, hidden, inner in shapes)
     for op in COLLECTIVES:
         if op in ops:
             yield from (_collective(op, nbytes, find, device) for nbytes in sizes)

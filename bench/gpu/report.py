@@ -25,7 +25,8 @@ def tests_table(cells: list[tuple[str, str, str]]) -> str:
 
 
 def bench_table(rows: list[dict[str, Any]]) -> str:
-    """Variants of a program side by side, and how near the best of ours is to the roofline."""
+    """Variants of a program side by side, and how near the best of ours is to the roofline. A peer that isn't there, or
+    whose call failed, is there in words."""
     keys = list(dict.fromkeys((r["op"], r["size"], r["dtype"]) for r in rows))
     body = []
     for key in keys:
@@ -34,9 +35,12 @@ def bench_table(rows: list[dict[str, Any]]) -> str:
         if ours["us"] is None:
             body.append([*key, "REFUSED", ours["refused"], "", ""])
             continue
-        others = {name: r["us"] for name, r in mine.items() if name != "pypar"}
-        said = ", ".join(f"{name} {us:.1f}" for name, us in others.items())
-        ratio = min(others.values()) / ours["us"] if others else float("nan")
+        others = {name: r for name, r in mine.items() if name != "pypar"}
+        said = ", ".join(
+            f"{name} {r['us']:.1f}" if r["us"] else f"{name}: {r['refused']}" for name, r in others.items()
+        )
+        timed = [r["us"] for r in others.values() if r["us"]]
+        ratio = min(timed) / ours["us"] if timed else float("nan")
         body.append([*key, f"{ours['us']:.1f}", said, f"{ratio:.2f}", f"{100 * ours['share']:.0f} %"])
     return _table(["op", "size", "dtype", "pypar us", "others us", "best other / pypar", "of the limit"], body)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pypar import symmetric
 from pypar.data_parallel import DataParallel
 from pypar.hybrid.axes import Axes
+from pypar.hybrid.materialize import PartOfFull
 from pypar.hybrid.model import HybridModel
 from pypar.hybrid.norm import Norm
 from pypar.hybrid.optimizer import HybridOptimizer, check_elementwise
-from pypar.hybrid.plan import Plan, PlanError
+from pypar.hybrid.plan import Plan
 from pypar.hybrid.recompute import recompute_blocks
 from pypar.pipeline_parallel import Pipeline
 from pypar.pipeline_parallel.generators import make_schedule
@@ -25,6 +25,8 @@ from pypar.pipeline_parallel.state import aliases_of
 from pypar.placement import cut
 from pypar.tensor_parallel import tensor_parallel
 from pypar.zero import Zero
+from pypar.zero.materialize import Init, needs_memory
+from pypar.zero.units import units_of
 
 BROADCAST_BYTES = 250 * 2**20
 Groups = Callable[[list[tuple[str, nn.Parameter]]], list[dict[str, Any]]]
@@ -37,16 +39,21 @@ def parallelize(
     *,
     param_groups: Groups | None = None,
     init_sync: bool = True,
+    init: Init | None = None,
     **settings: Any,
 ) -> tuple[HybridModel, HybridOptimizer]:
     """Shares `model` out over all ranks of the job: (model, optimizer). Collective.
 
-    model            the full one, a plain nn.Module or one of Hugging Face, the same on every rank; cut in place
+    model            the full one, a plain nn.Module or one of Hugging Face, the same on every rank; cut in place. It
+                     may be on meta: then no rank ever holds it whole
     plan             a Plan, its text ("pp=2 dp=2 zero=1"), or its fields
     optimizer_class  of torch.optim; settings: its keyword arguments (lr=3e-4)
     param_groups     groups of [(name, parameter)] of this rank's trainable parameters, with settings of their own, in
                      the same number on every rank; default one
     init_sync        rank 0's parameters and buffers go to all ranks first
+    init             of a model on meta, by rank 0, a unit at a time: "reset_parameters", a function that gets each
+                     module, or a state dict of full tensors, as pypar.zero.materialize.Materializer says. Default: the
+                     model's _init_weights (Hugging Face's), else reset_parameters
 
     The same steps in the same order give the same numbers under every plan, up to rounding: pypar.verify shows it.
     Raises PlanError (a ValueError) with the cell, the reason and the nearest legal plan; ValueError for models that
@@ -58,17 +65,14 @@ def parallelize(
     plan.check(dist.get_world_size(), model)
     check_elementwise(optimizer_class, plan.tp)
     _check_same(model, plan)
+    on_meta = needs_memory(model)
+    if init is not None and not on_meta:
+        raise ValueError("pypar.parallelize: init= is for a model on the meta device; leave it out")
+    full = copy.deepcopy(model) if on_meta else None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        raise ValueError("pypar.parallelize: the model is on the meta device; pypar.Zero takes such models by itself")
+    device = torch.get_default_device() if device.type == "meta" else device
     axes = Axes.of(plan, device.type)
-    if plan.zero == 3 and plan.tp > 1 and axes.dp_group is not None and not symmetric.shares_memory(axes.dp_group):
-        raise PlanError(
-            "zero=3 with tp",
-            "works where the dp ranks share memory; these are on several hosts, or of another backend",
-            dataclasses.replace(plan, zero=2),
-        )
-    if init_sync and plan.world_size > 1:
+    if init_sync and plan.world_size > 1 and not on_meta:
         tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
         assert dist.group.WORLD is not None
         dist._broadcast_coalesced(dist.group.WORLD, tensors, BROADCAST_BYTES, 0)
@@ -83,9 +87,14 @@ def parallelize(
     if plan.recompute:
         recompute_blocks(model)
     pipeline = _pipeline(model, plan, axes, starts)
+    values = None if full is None else PartOfFull(full, pipeline or model, init)
+    sharded = plan.zero > 0 and any(p.requires_grad for p in model.parameters())
+    if values is not None and not sharded:  # ZeRO shards each unit before the next one has values
+        for _ in values.run(units_of(model)):
+            pass
     norm = Norm(model, axes, pipeline.copies() if pipeline is not None else set())
     optimizer = _optimizer(model, optimizer_class, param_groups, settings)
-    data = _data(model, plan, axes, optimizer)
+    data = _data(model, plan, axes, optimizer, values)
     hybrid = HybridModel(model, plan, axes, pipeline, data, norm, trained, aliases)
     if isinstance(data, Zero):
         data.optimizer.agree_in = [g for g in (axes.tp_group, axes.pp_group) if g is not None]
@@ -123,7 +132,9 @@ def _optimizer(
     return make(list(groups), **settings)
 
 
-def _data(model: nn.Module, plan: Plan, axes: Axes, optimizer: torch.optim.Optimizer) -> DataParallel | Zero | None:
+def _data(
+    model: nn.Module, plan: Plan, axes: Axes, optimizer: torch.optim.Optimizer, values: PartOfFull | None
+) -> DataParallel | Zero | None:
     if not any(p.requires_grad for p in model.parameters()):
         return None
     by_step = axes.pp_group is not None  # gradients are reduced at its end, when it is known which there are
@@ -131,7 +142,7 @@ def _data(model: nn.Module, plan: Plan, axes: Axes, optimizer: torch.optim.Optim
         dtype = torch.bfloat16 if plan.precision == "bfloat16" else None
         return Zero(
             model, axes.shard_group, stage=plan.zero, replicate_group=axes.replicate_group, optimizer=optimizer,
-            param_dtype=dtype, find_unused_parameters=by_step,
+            init=values, param_dtype=dtype, find_unused_parameters=by_step,
         )  # fmt: skip
     if axes.dp_group is None:
         return None

@@ -55,7 +55,8 @@ def all_reduce(x: torch.Tensor, group: dist.ProcessGroup | str | None = None, op
     Communicates   a tensor in symmetric memory: (R-1)/R numel read, as many written; otherwise staged once more
     Saves          nothing
     Concurrency    one call at a time per group, in the same order on every rank
-    Numerics       rank order 0..R-1, float32 accumulation of half types, one rounding; the same bits on every rank
+    Numerics       rank order 0..R-1, float32 accumulation of half types, one rounding; the same bits on every rank. On
+                   GPUs whose switch was asked to add (pypar.ops.gpu.decide.Limits): in its order
     Raises         ValueError: a reduction without meaning for the dtype; pypar.PeerError: a rank died, called something
                    else, or did not answer within the group's timeout
     Source         in place: every rank reduces its slice and writes it to all (one-copy all-reduce of MPI's shared

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import moves as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.all_to_all import all_to_all as reference
 
@@ -23,11 +24,13 @@ define(
     "all_to_all(Tensor x, SymInt[]? out_splits, SymInt[]? in_splits, str group_name) -> Tensor",
     reference,
     _fake,
+    gpu.all_to_all,
 )
 define(
     "all_to_all_out(Tensor(a!) out, Tensor x, SymInt[]? out_splits, SymInt[]? in_splits, str group_name) -> ()",
     _reference_out,
     lambda out, x, out_splits, in_splits, group_name: None,
+    gpu.all_to_all_out,
 )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pypar.ops.gpu import moves as gpu
 from pypar.ops.library import define, name_of
 from pypar.reference.broadcast import broadcast as reference
 from pypar.reference.collectives import group_of
@@ -18,8 +19,14 @@ define(
     "broadcast(Tensor x, int root, str group_name) -> Tensor",
     reference,
     lambda x, root, group_name: torch.empty_like(x),
+    gpu.broadcast,
 )
-define("broadcast_(Tensor(a!) x, int root, str group_name) -> ()", _reference_, lambda x, root, group_name: None)
+define(
+    "broadcast_(Tensor(a!) x, int root, str group_name) -> ()",
+    _reference_,
+    lambda x, root, group_name: None,
+    gpu.broadcast_,
+)
 
 
 class _Broadcast(torch.autograd.Function):

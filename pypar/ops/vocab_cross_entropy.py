@@ -23,6 +23,7 @@ from pypar.reference.vocab_cross_entropy import (
 
 # Rows of logits that exist at once: enough that a pass over dweight is small beside the matmul that adds to it.
 CHUNK_ROWS = 512
+CHUNK_ROWS_ON_GPUS = 2048  # for whom a matmul is cheaper still beside a pass over memory
 # Up to here the logits are kept and backward finds the gradients: a gradient of the weight that forward makes and
 # backward scales is one more pass over it, which is longer than one over few rows of logits.
 FEW_ROWS = 256
@@ -79,6 +80,7 @@ define(
     "str determinism='run') -> (Tensor, Tensor, Tensor, Tensor)",
     linear_reference,
     _linear_fake,
+    gpu.linear_vocab_cross_entropy,
 )
 
 
@@ -251,7 +253,7 @@ def linear_vocab_cross_entropy(
         weight,
         target,
         shared,
-        CHUNK_ROWS if chunk_rows is None else chunk_rows,
+        (CHUNK_ROWS_ON_GPUS if hidden.is_cuda else CHUNK_ROWS) if chunk_rows is None else chunk_rows,
         needs,
         name_of(group),
         determinism,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,18 @@ from torch import nn
 
 from pypar.zero.units import Unit
 
-Init = str | Callable[[nn.Module], Any] | Mapping[str, torch.Tensor]
+
+class Values(ABC):
+    """Gives the parameters of units values."""
+
+    @abstractmethod
+    def run(self, units: list[Unit]) -> Iterator[Unit]:
+        """Yields each unit when its parameters are there, the same on every rank, in the same order. Collective."""
+
+
+Init = str | Callable[[nn.Module], Any] | Mapping[str, torch.Tensor] | Values
 RESET = "reset_parameters"
+OWN = "_init_weights"  # a model's function of a module, by which Hugging Face's, and many others, draw their weights
 _NAN = float("nan")
 
 
@@ -21,7 +32,20 @@ def needs_memory(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-class Materializer:
+def allocate(parameter: nn.Parameter, device: torch.device, fill: float | None = None) -> None:
+    """Memory for a parameter that is on meta. It stays the same object: optimizers, tied modules and the caller hold
+    it."""
+    if not parameter.is_meta:
+        return
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    if fill is not None and values.is_floating_point():
+        values.fill_(fill)
+    made = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    torch.utils.swap_tensors(parameter, made)
+
+
+class Materializer(Values):
     """Of a module some of whose parameters or buffers are on meta.
 
     Rank 0 alone runs `init`, on each module once, children before their parents, as nn.Module.apply does; a unit's
@@ -30,40 +54,49 @@ class Materializer:
 
     groups  in which the values go from rank 0 to all, one after the other
     init    "reset_parameters": each module's own; a function of a module; or a state dict of full tensors, where
-            rank 0's counts. Modules that hold nothing on meta are left as they are; a state dict sets all parameters
+            rank 0's counts. Default: the root's _init_weights if it has one (Hugging Face's models do), else
+            "reset_parameters". Modules that hold nothing on meta are left as they are; a state dict sets all
+            parameters, and buffers that it lacks since none of their values is saved are set by the default
 
     Raises ValueError, on every rank: what init leaves unset, or lacks; and whatever init raises.
     """
 
-    def __init__(self, root: nn.Module, units: list[Unit], groups: list[dist.ProcessGroup], init: Init):
-        self.root, self.units, self.groups, self.init = root, units, groups, init
+    def __init__(
+        self, root: nn.Module, groups: list[dist.ProcessGroup], init: Init | None = None, caller: str = "pypar.Zero"
+    ):
+        self.caller = caller
+        own = getattr(root, OWN, None)
+        self.reset: Callable[[nn.Module], Any] = own if callable(own) else _reset
+        self.root, self.groups, self.init = root, groups, (own or RESET) if init is None else init
         self.draws = all(dist.get_rank(group) == 0 for group in groups)
         self.device = torch.get_default_device()
         self.order = list(_post_order(root, "", set()))
         self.visited = 0
-        self.is_concerned = {id(m): isinstance(init, Mapping) or needs_memory(m) for _, m in self.order}
-        self.unit_of = {id(p): unit for unit in units for p in unit.parameters}
+        self.is_concerned = {id(m): isinstance(self.init, Mapping) or needs_memory(m) for _, m in self.order}
+        self.unit_of: dict[int, Unit] = {}
         self.aliases: dict[int, list[str]] = {}  # of each parameter, by id
         for name, parameter in root.named_parameters(remove_duplicate=False):
             self.aliases.setdefault(id(parameter), []).append(name)
         self.cut: list[tuple[str, nn.Parameter]] = []  # those of units that are done
-        if isinstance(init, str):
+        if isinstance(self.init, str):
             self._check_resets()
 
     def _check_resets(self) -> None:
         if self.init != RESET:
-            raise ValueError(f"pypar.Zero: init={self.init!r}; give '{RESET}', a function of a module, or a state dict")
+            raise ValueError(
+                f"{self.caller}: init={self.init!r}; give '{RESET}', a function of a module, or a state dict"
+            )
         for name, module in self.order:
             if any(t.is_meta for _, t in _own_tensors(module)) and _reset_of(module) is None:
                 raise ValueError(
-                    f"pypar.Zero: {_shown(name, module)} has parameters or buffers on meta and no {RESET}(); give "
+                    f"{self.caller}: {_shown(name, module)} has parameters or buffers on meta and no {RESET}(); give "
                     "init=: a function that gets each module, or a state dict"
                 )
 
-    def run(self) -> Iterator[Unit]:
-        """Yields each unit when its parameters are there, the same on every rank, in the same order. Collective."""
+    def run(self, units: list[Unit]) -> Iterator[Unit]:
+        self.unit_of = {id(p): unit for unit in units for p in unit.parameters}
         last = {id(module): at + 1 for at, (_, module) in enumerate(self.order)}
-        for unit in sorted(self.units, key=lambda unit: last[id(unit.module)]):
+        for unit in sorted(units, key=lambda unit: last[id(unit.module)]):
             self._agree(lambda unit=unit: self._initialise(last[id(unit.module)], unit))  # type: ignore[misc]
             self._allocate(unit)
             self._send([p.detach() for p in unit.parameters])
@@ -92,26 +125,19 @@ class Materializer:
         for group in self.groups:
             dist.broadcast_object_list(said, group=group, group_src=0)
         if said[0] is not None:
-            raise ValueError(f"pypar.Zero: {said[0]}") from error
+            raise ValueError(f"{self.caller}: {said[0]}") from error
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def _allocate(self, unit: Unit) -> None:
         for parameter in unit.parameters:
-            if parameter.is_meta:
-                # The object stays the same: optimizers, tied modules and the caller hold it.
-                made = nn.Parameter(self._empty(parameter), requires_grad=parameter.requires_grad)
-                made.__dict__.update(parameter.__dict__)
-                torch.utils.swap_tensors(parameter, made)
+            allocate(parameter, self.device, _NAN if self.draws else None)
 
     def _allocate_buffers(self, module: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = self._empty(buffer)
-
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        made = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        return made.fill_(_NAN) if made.is_floating_point() and self.draws else made
+                made = torch.empty(buffer.shape, dtype=buffer.dtype, device=self.device)
+                module._buffers[name] = made.fill_(_NAN) if made.is_floating_point() and self.draws else made
 
     # -- values, on rank 0 -----------------------------------------------------------------------------------------
 
@@ -129,10 +155,12 @@ class Materializer:
                 continue
             if isinstance(self.init, Mapping):
                 self._take(name, module, self.init)
+                if not module._parameters and had.keys() & module._non_persistent_buffers_set:
+                    self.reset(module)
             elif callable(self.init):
                 self.init(module)
-            elif (reset := _reset_of(module)) is not None:
-                reset()
+            else:
+                _reset(module)
             for n in had:
                 self._check_set(f"{name}.{n}" if name else n, module._buffers[n])
         self.visited = max(self.visited, end)
@@ -193,6 +221,11 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
     # nn.MultiheadAttention and nn.Transformer have it under the second name.
     return getattr(module, RESET, None) or getattr(module, "_reset_parameters", None)
+
+
+def _reset(module: nn.Module) -> None:
+    if (reset := _reset_of(module)) is not None:
+        reset()
 
 
 def _shown(name: str, module: nn.Module) -> str:

@@ -20,7 +20,7 @@ from pypar.zero.freed import free, restore
 from pypar.zero.gather import Gatherer
 from pypar.zero.guards import Watch, check_module, refuse_state_dicts
 from pypar.zero.hosts import Hosts
-from pypar.zero.materialize import RESET, Init, Materializer, needs_memory
+from pypar.zero.materialize import Init, Materializer, Values, needs_memory
 from pypar.zero.offload import Offload
 from pypar.zero.optimizer import ShardedOptimizer
 from pypar.zero.reducer import ShardReducer
@@ -59,7 +59,7 @@ class Zero(nn.Module):
     units       see pypar.zero.units.units_of
     init        of parameters and buffers that are on the meta device ("reset_parameters", a function that gets each
                 module, or a state dict of full tensors), a unit at a time, so that no rank ever holds the whole module:
-                see pypar.zero.materialize.Materializer. Default: reset_parameters
+                see pypar.zero.materialize.Materializer. Default: the module's _init_weights, else reset_parameters
     find_unused_parameters, fuse_linear_grads
                 as DataParallel's
     offload     a folder, or a path to which the rank's number is added: offload_ratio of the optimizer's states and of
@@ -246,8 +246,9 @@ class Zero(nn.Module):
 
     def _units_with_values(self, units: list[Unit], is_meta: bool, init: Init | None) -> Iterator[Unit]:
         """Each unit, when its parameters are there, with rank 0's values; on every rank in the same order."""
-        if is_meta or isinstance(init, Mapping):
-            yield from Materializer(self.module, units, self._groups(), RESET if init is None else init).run()
+        if is_meta or isinstance(init, (Mapping, Values)):
+            values = init if isinstance(init, Values) else Materializer(self.module, self._groups(), init)
+            yield from values.run(units)
             return
         if init is not None:
             raise ValueError("pypar.Zero: init= is for parameters on the meta device, and none is; leave it out")

@@ -102,6 +102,24 @@ def loss(rows: int, dtype: torch.dtype, rank: int, world: int, seed: int) -> Cas
     return [shards[rank], target, sizes, -100, 0.1, GROUP], [t.float() for t in expected]
 
 
+def linear_loss(rows: int, dtype: torch.dtype, rank: int, world: int, seed: int) -> Case:
+    """In chunks of 50 rows. The logits are exact; their gradient and each rank's share of dhidden are rounded."""
+    sizes, K = [5 + r for r in range(world)], 3
+    hidden = integers((rows, K), dtype, seed, 1)
+    weights = [integers((n, K), dtype, 1000 * seed + r, 1) for r, n in enumerate(sizes)]
+    target = integers((rows,), torch.int64, seed, sum(sizes) - 1).abs()
+    target[::5] = -100
+    logits = (hidden.double() @ torch.cat(weights).double().t()).requires_grad_()
+    total = torch.nn.functional.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1)
+    (dlogits,) = torch.autograd.grad(total, logits)
+    parts = dlogits.to(dtype).double().split(sizes, 1)
+    shares = [(part @ w.double()).to(dtype).double() for part, w in zip(parts, weights, strict=True)]
+    dweight = parts[rank].t() @ hidden.double()
+    kept = (target != -100).sum()
+    arguments = [hidden, weights[rank], target, sizes, -100, 0.1, 50, True, True, GROUP]
+    return arguments, [total.detach().float(), kept.float(), sum(shares).to(dtype), dweight.float()]
+
+
 def results_of(op: str, returned: Any, arguments: list[Any]) -> list[torch.Tensor]:
     """What the op made, in place or not."""
     if op == "zero_step":
@@ -126,5 +144,6 @@ CASES: dict[str, Callable[..., Case]] = {
         for op in ("zero_gather", "zero_scatter")
     },
     "vocab_cross_entropy": lambda size, dtype, rank, world, seed: loss(size, dtype, rank, world, seed),
+    "linear_vocab_cross_entropy": lambda size, dtype, rank, world, seed: linear_loss(size, dtype, rank, world, seed),
     "zero_step": lambda size, dtype, rank, world, seed: step(size, seed),
 }

@@ -29,6 +29,7 @@ def load() -> None:
     # One source of all: torch's headers take most of the time. And ninja would give a .cu to nvcc.
     launchers = BUILD / "launchers.cpp"
     text = "".join(f'#include "cuda/{path.name}"\n' for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    text += '#include "multicast_op.h"\n'
     if not launchers.exists() or launchers.read_text() != text:
         launchers.write_text(text)
     sources = [str(EMULATION / "executor_fibers.cpp"), str(launchers)]
@@ -49,6 +50,11 @@ def channel(group: torch.distributed.ProcessGroup, name: str, slot_bytes: int):
 
     made = channel_of(group, name, slot_bytes, "cpu")
     return made, (made.pointers, made.rank, made.slot_bytes)
+
+
+def multicast(made) -> int:
+    """An emulated multicast address of the channel's memory."""
+    return torch.ops.pypar_cuda_emulated.multicast(made.pointers, made.memory.numel())
 
 
 SANITIZERS = {"plain": [], "races": ["-fsanitize=thread"], "memory": ["-fsanitize=address,undefined"]}

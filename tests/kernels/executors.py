@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 CUDA_OPS = ("all_reduce", "reduce_scatter", "all_gather", "zero_gather", "zero_scatter", "zero_step", "ring")
-TRITON_OPS = ("all_reduce", "all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce", "vocab_cross_entropy")
+TRITON_OPS = (
+    "all_reduce",
+    "all_gather_matmul",
+    "matmul_reduce_scatter",
+    "matmul_all_reduce",
+    "vocab_cross_entropy",
+    "linear_vocab_cross_entropy",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Executor:
 
 
 def _reference(op: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"pypar.reference.{op}"), op)
+    return getattr(importlib.import_module(f"pypar.reference.{op.removeprefix('linear_')}"), op)
 
 
 def _registered(op: str) -> Callable[..., Any]:

@@ -23,13 +23,17 @@ def compiled():
     cuda_executor.load()
 
 
-def call_op(op: str, rank: int, arguments: tuple, timeout_s: float, report: torch.Tensor) -> torch.Tensor:
+def call_op(
+    op: str, rank: int, arguments: tuple, timeout_s: float, report: torch.Tensor, multicast: int = 0
+) -> torch.Tensor:
     """Returns what the op would have written to."""
     x, sizes, last = torch.full((129,), float(rank)), [43] * WORLD, (*arguments, timeout_s, report)
     out = torch.full((129,), -77.0)
     shard = torch.full((43,), -77.0)
     if op in ("one_shot", "two_shot"):
         OPS.all_reduce(x, out, "sum", op, *last)
+    elif op == "multimem":
+        OPS.all_reduce(x, out, "sum", op, *last, multicast=multicast)
     elif op == "reduce_scatter":
         OPS.reduce_scatter(x, shard, sizes, "sum", *last)
     elif op == "all_gather":
@@ -47,15 +51,15 @@ def call_op(op: str, rank: int, arguments: tuple, timeout_s: float, report: torc
 def absent(rank: int, world: int, op: str, calls_before: int) -> tuple[str, str, list[int], float]:
     cuda_executor.load()
     channel, arguments = cuda_executor.channel(dist.group.WORLD, op, 1 << 14)
-    report = torch.zeros(4, dtype=torch.int32)
+    report, multicast = torch.zeros(4, dtype=torch.int32), cuda_executor.multicast(channel)
     for _ in range(calls_before):
-        call_op(op, rank, arguments, 30.0, report)
+        call_op(op, rank, arguments, 30.0, report, multicast)
     dist.barrier()
     begin, said, checked = time.monotonic(), "", ""
     if rank != ABSENT:
         try:
             # Rank 1 would wait for a minute; rank 0 tells it.
-            call_op(op, rank, arguments, 0.4 if rank == 0 else 60.0, report)
+            call_op(op, rank, arguments, 0.4 if rank == 0 else 60.0, report, multicast)
         except RuntimeError as error:
             said = str(error).split("\n")[0]
     taken = time.monotonic() - begin
@@ -70,7 +74,16 @@ def absent(rank: int, world: int, op: str, calls_before: int) -> tuple[str, str,
 @pytest.mark.parametrize("calls_before", [0, 3])
 @pytest.mark.parametrize(
     "op",
-    ["one_shot", "two_shot", "reduce_scatter", "all_gather", "all_gather_copied", "zero_scatter", "zero_step"],
+    [
+        "one_shot",
+        "two_shot",
+        "multimem",
+        "reduce_scatter",
+        "all_gather",
+        "all_gather_copied",
+        "zero_scatter",
+        "zero_step",
+    ],
 )
 def test_every_rank_names_the_one_that_does_not_call(op, calls_before):
     first, told, culprit = run_ranks(absent, WORLD, op, calls_before)

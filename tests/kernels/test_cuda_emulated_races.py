@@ -9,6 +9,7 @@ pytestmark = pytest.mark.skipif(cuda_executor.COMPILER is None, reason="no g++ o
 SCENARIOS = [
     "one_shot",
     "two_shot",
+    "multimem",
     "reduce_scatter",
     "all_gather",
     "copied",

@@ -14,7 +14,20 @@ CSRC = ROOT / "csrc"
 ARCHITECTURES = ["90a", *(pytest.param(name, marks=pytest.mark.slow) for name in ("80", "100a"))]
 NVCC, PTXAS = shutil.which("nvcc"), shutil.which("ptxas")
 needs_nvcc = pytest.mark.skipif(NVCC is None or PTXAS is None, reason="no nvcc on this machine")
-VECTOR_KERNELS = ("two_shot_all_reduce", "reduce_scatter", "all_gather_kernel", "zero_scatter", "zero_step")
+VECTOR_KERNELS = (
+    "two_shot_all_reduce",
+    "multimem_all_reduce",
+    "reduce_scatter",
+    "all_gather_kernel",
+    "zero_scatter",
+    "zero_step",
+)
+MULTIMEM = {
+    "multimem.ld_reduce.relaxed.sys.global.add.v4.f32",
+    "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2",
+    "multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2",
+    "multimem.st.relaxed.sys.global.v4.f32",
+}
 # Kernels that wait without being in a collective, or give without waiting.
 ONE_SIDED = ("gate_kernel", "wait_kernel", "publish_kernel", "finish_kernel", "ring_")
 
@@ -77,7 +90,7 @@ def faults(ptx: str) -> list[str]:
         elif "st.relaxed.sys.global.u64" not in body or "ld.relaxed.sys.global.u64" not in body:
             found.append(f"{name} has no pairs of 8 bytes")
     allowed = {"atom.acq_rel.gpu.global.add.u32", "atom.relaxed.gpu.global.cas.b32"}
-    found += sorted(set(re.findall(r"\b(?:atom|red|multimem)\.[\w.]+", ptx)) - allowed)
+    found += sorted(set(re.findall(r"\b(?:atom|red|multimem)\.[\w.:]+", ptx)) - allowed - MULTIMEM)
     # A peer is on another GPU; a load that another GPU writes must not be cached as constant; volatile orders nothing.
     found += sorted(
         set(re.findall(r"\b(?:st|ld|fence)\.\w+\.(?:gpu|cta)[\w.]*|\bld\.global\.nc\S*|\S*volatile\S*", ptx))
@@ -108,6 +121,22 @@ def test_no_spills_and_room_for_a_block_of_256_threads(compiled, architecture):
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
     assert len(registers) == len(frames)
     assert max(registers) <= 128  # two blocks a multiprocessor, which is more than a cooperative launch of 64 needs
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_switch_adds_in_one_kernel_and_from_hopper_on(compiled, architecture):
+    found = {
+        name: set(re.findall(r"\bmultimem\.[\w.:]+", body))
+        for name, body in kernels_of(compiled(architecture)[0]).items()
+    }
+    if architecture == "80":
+        assert not any(found.values())
+        return
+    ours = {name: ops for name, ops in found.items() if "multimem_all_reduce" in name}
+    assert len(ours) == 3 and all(not ops for name, ops in found.items() if name not in ours)
+    assert all(len(ops) == 2 and "multimem.st.relaxed.sys.global.v4.f32" in ops for ops in ours.values())
+    assert set().union(*ours.values()) == MULTIMEM
 
 
 @needs_nvcc

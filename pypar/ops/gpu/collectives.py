@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pypar.ops.gpu.decide import PIECE_BYTES, all_reduce_algorithm
+from pypar.ops.gpu.reach import has_multicast
 from pypar.ops.gpu.run import arguments, channel_for, cuda_kernels, peers_of, triton_kernels, where
 from pypar.reference.all_gather import all_gather as all_gather_reference
 from pypar.reference.all_reduce import all_reduce as all_reduce_reference
@@ -13,6 +14,8 @@ from pypar.reference.reduce_scatter import reduce_scatter as reduce_scatter_refe
 
 TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "avg", "product", "min", "max")
+MULTIMEM_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+MULTIMEM_REDUCTIONS = ("sum", "avg")
 
 
 def _padded(nbytes: int, world_size: int) -> int:
@@ -31,7 +34,13 @@ def all_reduce(x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
         return all_reduce_reference(x, op, group_name)
     x = x.contiguous()
     out = torch.empty_like(x)
-    algorithm = all_reduce_algorithm(x.numel() * x.element_size())
+    can_multimem = (
+        kernel is not None
+        and op in MULTIMEM_REDUCTIONS
+        and x.dtype in MULTIMEM_TYPES
+        and has_multicast(group, x.device)
+    )
+    algorithm = all_reduce_algorithm(x.numel() * x.element_size(), can_multimem)
     numel = min(x.numel(), PIECE_BYTES // x.element_size())
     pieces = list(zip(x.view(-1).split(max(numel, 1)), out.view(-1).split(max(numel, 1)), strict=True))
     if triton is not None:
@@ -42,6 +51,13 @@ def all_reduce(x: torch.Tensor, op: str, group_name: str) -> torch.Tensor:
             channel.after()
         return out
     nbytes, world = numel * x.element_size(), group.size()
+    if algorithm == "multimem":
+        with channel_for(group, "all_reduce multimem", nbytes + 16, x.device) as channel:
+            if channel.multicast:
+                for piece, to in pieces:
+                    kernel(piece, to, op, algorithm, *arguments(channel), channel.multicast)
+                return out
+        algorithm = "two_shot"  # on every rank: a small tensor had multicast addresses, but this memory has none
     slot = world * 8 * (-(-nbytes // 4)) if algorithm == "one_shot" else 2 * _padded(nbytes, world)
     with channel_for(group, f"all_reduce {algorithm}", slot, x.device) as channel:
         for piece, to in pieces:

@@ -15,10 +15,16 @@ FEWEST_ROWS = 48
 
 @dataclass(frozen=True)
 class Limits:
-    """flops: of a half-precision matmul, per second. bytes_per_s: one way between two GPUs."""
+    """flops: of a half-precision matmul, per second. bytes_per_s: one way between two GPUs.
+
+    multimem: large sums and averages of all_reduce may be added by the NVLink switch (NVLink SHARP), if it can.
+    All ranks get the same bits, but not those of a sum in rank order, and not necessarily those of another run. Half
+    types are summed in float32, and rounded before an average is scaled. Determinism "layout" does not let it.
+    """
 
     flops: float = 650e12
     bytes_per_s: float = 390e9
+    multimem: bool = False
 
     def __post_init__(self) -> None:
         if not self.flops > 0 or not self.bytes_per_s > 0:
@@ -56,6 +62,10 @@ def fuses(rows: int) -> bool:
     return rows >= FEWEST_ROWS
 
 
-def all_reduce_algorithm(nbytes: int) -> str:
-    """one_shot: everything to everybody. two_shot: each rank reduces its part and gives it to all."""
-    return "one_shot" if nbytes <= ONE_SHOT_BYTES else "two_shot"
+def all_reduce_algorithm(nbytes: int, can_multimem: bool = False) -> str:
+    """one_shot: everything to everybody. two_shot: each rank reduces its part and gives it to all. multimem: as
+    two_shot, but the switch adds; can_multimem: it could, as all ranks know; it does where Limits ask for it.
+    """
+    if nbytes <= ONE_SHOT_BYTES:
+        return "one_shot"
+    return "multimem" if can_multimem and _limits.multimem else "two_shot"

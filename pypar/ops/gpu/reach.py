@@ -1,4 +1,4 @@
-"""Whether the kernels can reach the memory of all peers: agreed on by the group, once."""
+"""Whether the kernels can reach the memory of all peers, and of all at once: agreed on by the group, once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pypar import symmetric
 
 _reachable: dict[tuple[str, str], bool] = {}
+_multicast: set[tuple[str, str]] = set()  # groups whose memory has multicast addresses on every rank
 
 
 def _host() -> str:
@@ -21,18 +22,18 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _maps_peers(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Rendezvous of a small symmetric tensor, "" when it works, else why it doesn't."""
+def _maps_peers(group: dist.ProcessGroup, device: torch.device) -> tuple[str, bool]:
+    """Rendezvous of a small symmetric tensor: "" when it works, else why not; whether it has a multicast address."""
     import torch.distributed._symmetric_memory as symm_mem
 
     try:
         memory = symm_mem.empty(1024, dtype=torch.uint8, device=device)
         handle = symm_mem.rendezvous(memory, group.group_name)
     except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return (
-        "" if len(handle.buffer_ptrs) == group.size() and all(handle.buffer_ptrs) else "a peer's memory has no address"
-    )
+        return str(error).splitlines()[0], False
+    if len(handle.buffer_ptrs) != group.size() or not all(handle.buffer_ptrs):
+        return "a peer's memory has no address", False
+    return "", bool(handle.multicast_ptr)
 
 
 def reachable(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -50,10 +51,17 @@ def reachable(group: dist.ProcessGroup, device: torch.device) -> bool:
         if len(set(hosts)) > 1:
             _reachable[key] = False
         else:
-            why = _maps_peers(group, device)
-            whys: list[str | None] = [None] * group.size()
-            dist.all_gather_object(whys, why, group=group)
-            _reachable[key] = not any(whys)
+            why, has_multicast = _maps_peers(group, device)
+            found: list[tuple[str, bool]] = [("", False)] * group.size()
+            dist.all_gather_object(found, (why, has_multicast), group=group)
+            _reachable[key] = not any(why for why, _ in found)
+            if all(has for _, has in found):
+                _multicast.add(key)
             if why:
                 warnings.warn(f"pypar: no peer-to-peer memory in this group ({why}); NCCL serves it", stacklevel=2)
     return _reachable[key]
+
+
+def has_multicast(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether symmetric memory of the group has a multicast address (NVLink SHARP), as reachable() has found."""
+    return (group.group_name, device.type) in _multicast

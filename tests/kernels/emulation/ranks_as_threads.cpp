@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -17,7 +18,7 @@
 #include <vector>
 
 #include "cuda/all_gather.cuh"
-#include "cuda/all_reduce.cuh"
+#include "cuda/all_reduce_multimem.cuh"
 #include "cuda/ring_recv.cuh"
 #include "cuda/zero_scatter.cuh"
 #include "cuda/zero_step.cuh"
@@ -30,6 +31,7 @@ namespace {
 using Bf16 = __nv_bfloat16;
 
 std::atomic<int> failures = 0;
+int64_t multicast = 0;  // of the channels' memory
 
 void expect(bool holds, const char* what, int rank, uint32_t call, int64_t i) {
   if (!holds && failures++ < 5) std::printf("WRONG %s on rank %d, call %u, at %ld\n", what, rank, call, (long)i);
@@ -77,6 +79,7 @@ struct World {
                           [](char* p) { ::operator delete[](p, std::align_val_t(256)); });
       pointers.push_back(reinterpret_cast<int64_t>(memory.back().get()));
     }
+    multicast = emulation::add_multicast(pointers.data(), num, static_cast<int64_t>(bytes));
   }
   Channel channel(int rank, uint32_t* report, double timeout_s = 10) const {
     return {pointers.data(), rank, world, kSlotBytes, static_cast<uint64_t>(timeout_s * 1e9), report};
@@ -116,6 +119,30 @@ void one_shot(const Channel& channel, uint32_t call) {
 void two_shot(const Channel& channel, uint32_t call) {
   if (call % 2 == 0) return all_reduce<float>(two_shot_all_reduce<float>, channel, call);
   all_reduce<Bf16>(two_shot_all_reduce<Bf16>, channel, call);
+}
+
+// In an order that is the switch's own: within the error of any.
+template <typename T>
+void multimem_of(const Channel& channel, uint32_t call, float epsilon) {
+  const int64_t n = numel_of(call, channel.world);
+  const std::vector<T> x = payload<T>(call, channel.rank, n);
+  std::vector<T> out(x.size());
+  const AllReduceParams params{x.data(), out.data(), n, Reduction::sum, channel};
+  launch(multimem_all_reduce<T>, kGrid, kBlock, 0, nullptr, MultimemParams{params, multicast}, true);
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0, size = 0;
+    for (int r = 0; r < channel.world; ++r) {
+      const double x_r = Element<T>::widen(Element<T>::narrow(number(call, r, i)));
+      sum += x_r, size += std::abs(x_r);
+    }
+    const double error = std::abs(Element<T>::widen(out[static_cast<size_t>(i)]) - sum);
+    expect(error <= epsilon * std::abs(sum) + 1e-6 * size, "sum", channel.rank, call, i);
+  }
+}
+
+void multimem(const Channel& channel, uint32_t call) {
+  if (call % 2 == 0) return multimem_of<float>(channel, call, 0);
+  multimem_of<Bf16>(channel, call, 0.004f);
 }
 
 void reduce_scatter(const Channel& channel, uint32_t call) {
@@ -285,7 +312,7 @@ const std::map<std::string, Scenario> kScenarios{
     {"one_shot", one_shot},     {"two_shot", two_shot}, {"reduce_scatter", reduce_scatter},
     {"all_gather", all_gather}, {"copied", copied},     {"zero_scatter", zero_scatter},
     {"zero_step", zero_step},   {"ring", ring},         {"pipe", pipe},
-    {"one_way", one_way},
+    {"one_way", one_way},       {"multimem", multimem},
 };
 
 // The last rank makes no second call. Rank 0 gives up after 0.3 s, the others would wait for long; all must end with an

@@ -1,7 +1,7 @@
 // Every kernel of csrc/cuda for the types that its launcher gives it, for nvcc alone: what test_cuda_static.py reads.
 
 #include "cuda/all_gather.cuh"
-#include "cuda/all_reduce.cuh"
+#include "cuda/all_reduce_multimem.cuh"
 #include "cuda/ring_recv.cuh"
 #include "cuda/zero_gather.cuh"
 #include "cuda/zero_scatter.cuh"
@@ -19,6 +19,7 @@ PYPAR_REDUCTIONS(__half)
 PYPAR_REDUCTIONS(double)
 
 #define PYPAR_GRADIENTS(T)                                                                    \
+  template __global__ void multimem_all_reduce<T>(const __grid_constant__ MultimemParams);    \
   template __global__ void zero_scatter_kernel<T>(const __grid_constant__ ZeroScatterParams); \
   template __global__ void zero_step_kernel<T>(const __grid_constant__ ZeroStepParams);
 PYPAR_GRADIENTS(float)

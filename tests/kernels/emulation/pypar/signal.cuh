@@ -6,9 +6,14 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
+#include <vector>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "multicast.h"
 #include "stalls.h"
 
 namespace pypar {
@@ -63,6 +68,39 @@ inline void nap() {
 inline void fence_sys() {}
 inline void trap() {
   emulation::trap();
+}
+
+// From the last rank down, which is an order, and not that of the ranks.
+template <typename T, typename Widen, typename Narrow>
+uint4 add_down(const T* multicast, Widen widen, Narrow narrow) {
+  constexpr size_t kNum = 16 / sizeof(T);
+  emulation::stall(256);
+  float sums[kNum] = {};
+  const std::vector<char*> places = emulation::places_of(multicast);
+  for (size_t r = places.size(); r-- > 0;) {
+    const T* x = reinterpret_cast<const T*>(places[r]);
+    for (size_t k = 0; k < kNum; ++k) sums[k] = r + 1 == places.size() ? widen(x[k]) : sums[k] + widen(x[k]);
+  }
+  T narrowed[kNum];
+  for (size_t k = 0; k < kNum; ++k) narrowed[k] = narrow(sums[k]);
+  uint4 sum;
+  std::memcpy(&sum, narrowed, 16);
+  return sum;
+}
+
+inline uint4 multimem_add(const float* multicast) {
+  return add_down(multicast, [](float x) { return x; }, [](float x) { return x; });
+}
+inline uint4 multimem_add(const __nv_bfloat16* multicast) {
+  return add_down(multicast, __bfloat162float, __float2bfloat16_rn);
+}
+inline uint4 multimem_add(const __half* multicast) {
+  return add_down(multicast, __half2float, __float2half_rn);
+}
+
+inline void multimem_store(void* multicast, const uint4& x) {
+  emulation::stall(256);
+  for (char* place : emulation::places_of(multicast)) *reinterpret_cast<uint4*>(place) = x;
 }
 
 }  // namespace pypar
