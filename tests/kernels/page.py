@@ -147,7 +147,8 @@ def bytes_moved() -> str:
 BYTES_CUDA = """\
 `one_shot` sends pairs, 4 bytes and the number of the call, hence 2.00, and reads its vector twice. What
 `all_gather_copied` and `ring` bring is used where it arrives. `zero_gather` runs the kernels of `all_gather`.
-`zero_step`: with amsgrad and a cast."""
+`zero_step`: with amsgrad and a cast. `multimem_all_reduce` is not here: a switch adds, and what it moves is no load or
+store of a rank."""
 BYTES_TRITON = """\
 `all_reduce` pushes to itself, too, so that what a CUDA kernel takes from its vector goes through the own slot.
 `vocab_cross_entropy` sends 3 numbers of each row, 4 with smoothing, where 2 must travel: the target's logits and the
