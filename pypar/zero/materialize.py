@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -65,8 +66,8 @@ class Materializer(Values):
         self, root: nn.Module, groups: list[dist.ProcessGroup], init: Init | None = None, caller: str = "pypar.Zero"
     ):
         self.caller = caller
-        own = getattr(root, OWN, None)
-        self.reset: Callable[[nn.Module], Any] = own if callable(own) else _reset
+        own = _own_init(root)
+        self.reset: Callable[[nn.Module], Any] = own or _reset
         self.root, self.groups, self.init = root, groups, (own or RESET) if init is None else init
         self.draws = all(dist.get_rank(group) == 0 for group in groups)
         self.device = torch.get_default_device()
@@ -221,6 +222,18 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
 def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
     # nn.MultiheadAttention and nn.Transformer have it under the second name.
     return getattr(module, RESET, None) or getattr(module, "_reset_parameters", None)
+
+
+def _own_init(root: nn.Module) -> Callable[[nn.Module], Any] | None:
+    """The root's own function of a module; some models have one of that name that takes none."""
+    own = getattr(root, OWN, None)
+    if not callable(own):
+        return None
+    try:
+        inspect.signature(own).bind(root)
+    except TypeError:
+        return None
+    return own
 
 
 def _reset(module: nn.Module) -> None:

@@ -11,6 +11,8 @@ from zero.test_zero_state_dicts import differing
 
 import pypar
 from pypar.testing import run_ranks
+from pypar.zero.materialize import Materializer
+from pypar.zero.units import units_of
 
 INNER = (nn.Linear, nn.Embedding, nn.LayerNorm)
 
@@ -57,6 +59,36 @@ def alone(init):
     with torch.no_grad():
         model.apply(init)
     return model
+
+
+class DrawsItself(Drawn):
+    """As Hugging Face's models do: by a function of the root, which comes before reset_parameters."""
+
+    def _init_weights(self, module):
+        if isinstance(module, INNER):
+            nn.init.constant_(module.weight, 0.25)
+        elif isinstance(module, Drawn):
+            module.scale.fill_(2.0)
+            module.table.fill_(3.0)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+class DrawsAllAtOnce(Drawn):
+    def _init_weights(self):
+        raise AssertionError("takes no module, so that it is not a function of one")
+
+
+@pytest.mark.parametrize(("model_class", "init"), [(DrawsItself, None), (DrawsAllAtOnce, reset)])
+def test_the_models_own_function_draws_if_it_takes_a_module(model_class, init):
+    found, wanted = on_meta(model_class), on_meta(model_class).to_empty(device="cpu")
+    wanted.head.weight = wanted.embed.weight
+    for model, draw in ((found, None), (wanted, init or wanted._init_weights)):
+        torch.manual_seed(11)
+        with torch.no_grad():
+            list(Materializer(model, []).run(units_of(model))) if draw is None else model.apply(draw)
+    for name, value in (*wanted.named_parameters(), *wanted.named_buffers()):
+        assert torch.equal(found.get_parameter(name) if "table" not in name else found.table, value), name
 
 
 def check_weights(rank, world):
