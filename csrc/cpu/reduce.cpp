@@ -6,6 +6,7 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #ifndef bit_ERMS
 #define bit_ERMS (1u << 9)
 #endif
@@ -157,6 +158,51 @@ void copy_bytes(void* dst, const void* src, size_t bytes) {
   } else {
     block_copy().copy(static_cast<std::byte*>(dst), static_cast<const std::byte*>(src), bytes);
   }
+}
+
+namespace {
+
+#if defined(__x86_64__)
+// Whole lines by stores past the caches. bytes: of at least two lines.
+__attribute__((target("avx2"))) void stream_avx2(std::byte* dst, const std::byte* src, size_t bytes) {
+  constexpr size_t kLine = 64;
+  const size_t head = (kLine - reinterpret_cast<uintptr_t>(dst) % kLine) % kLine;
+  std::memcpy(dst, src, head);
+  size_t i = head;
+  for (; i + kLine <= bytes; i += kLine) {
+    const auto* from = reinterpret_cast<const __m256i*>(src + i);
+    auto* to = reinterpret_cast<__m256i*>(dst + i);
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    _mm256_stream_si256(to, a);
+    _mm256_stream_si256(to + 1, b);
+  }
+  std::memcpy(dst + i, src + i, bytes - i);
+  _mm_sfence();  // such stores keep no order with others
+}
+#endif
+
+bool can_stream() {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  return false;
+#elif defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") != 0;
+#else
+  return false;
+#endif
+}
+
+constexpr size_t kStreamBytes = 64 << 10;  // figures: docs/design/0002
+
+}  // namespace
+
+void copy_to_peer(void* dst, const void* src, size_t bytes) {
+  [[maybe_unused]] static const bool streams = can_stream();
+#if defined(__x86_64__)
+  if (streams && bytes >= kStreamBytes) {
+    return stream_avx2(static_cast<std::byte*>(dst), static_cast<const std::byte*>(src), bytes);
+  }
+#endif
+  copy_bytes(dst, src, bytes);
 }
 
 }  // namespace pypar

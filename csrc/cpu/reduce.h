@@ -23,5 +23,8 @@ bool copies_without_reading();  // the lines that it overwrites
 
 // memcpy that takes equal addresses and zero bytes.
 void copy_bytes(void* dst, const void* src, size_t bytes);
+// The same for what another core reads next: large blocks go past the caches, from which it would fetch them line by
+// line. Complete before whatever this thread stores next.
+void copy_to_peer(void* dst, const void* src, size_t bytes);
 
 }  // namespace pypar

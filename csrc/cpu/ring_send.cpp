@@ -26,7 +26,7 @@ class Writer {
     while (bytes != 0) {
       if (at_ == nullptr) begin();
       const size_t now = std::min(bytes, room_);
-      if (at_ != from) copy_bytes(at_, from, now);  // equal: it was made in the slot
+      if (at_ != from) copy_to_peer(at_, from, now);  // equal: it was made in the slot
       from += now, bytes -= now;
       at_ += now, room_ -= now;
       skip_line();

@@ -73,6 +73,29 @@ def test_ten_thousand_messages_under_stalls():
     run_ranks(many, 2, 10_000)
 
 
+LARGE = [65535, 65536, 65537, 131_071, 300_001]  # bytes; from 64 KiB on they go past the caches
+
+
+def large(rank, world):
+    ring = ring_of(num_slots=2, slot_bytes=1 << 19)
+    with stalls(3 + rank, most_us=50):
+        for call in range(60):
+            wants = [tensor_of(call + k, (n + 1,), torch.uint8)[(call + k) % 2 :] for k, n in enumerate(LARGE[:4])]
+            wants.append(tensor_of(call, (LARGE[call % 5] // 4,), torch.float32))
+            if rank == 0:
+                ring.send(wants[call % 5 :], call)
+            else:
+                tensors, tag = ring.recv()
+                assert tag == call and all(torch.equal(a, b) for a, b in zip(tensors, wants[call % 5 :], strict=True))
+                del tensors
+    if rank == 0:
+        ring.finish()
+
+
+def test_large_tensors_of_odd_sizes_from_odd_addresses():
+    run_ranks(large, 2)
+
+
 def in_place(rank, world):
     ring = ring_of(num_slots=2, slot_bytes=1 << 12)
     for call in range(5):
