@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from pypar.tensor_parallel.heads import Heads
 from pypar.tensor_parallel.shards import Place, shards_of
 
 
-def put_parameters(module: nn.Module, names: Iterable[str], seen: dict[int, torch.Tensor]) -> None:
+def put_parameters(module: nn.Module, names: Iterable[str], seen: Callable[[nn.Parameter], torch.Tensor]) -> None:
     """During a forward, the module finds its parameters behind a function that sums their gradients over ranks.
 
     Not a hook on the parameter: that one would be lost when the parameter is replaced, frozen or copied.
     """
     for name in names:
-        stand_in = seen.get(id(module._parameters[name]))
-        if stand_in is not None:
+        parameter = module._parameters[name]
+        if parameter is not None and (stand_in := seen(parameter)) is not parameter:
             module.__dict__[name] = stand_in  # found before nn.Module looks into _parameters
 
 
@@ -35,15 +35,14 @@ class _SharedParameters:
         self.place = place
 
     def put(self, module: nn.Module, _args: Any) -> None:
-        shards, group_name, seen = shards_of(module), self.place.group_name, {}
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                shard = shards.get(name)
-                seen[id(parameter)] = (
-                    sum_copies(parameter, shard.cut, shard.dim, self.place.rank, group_name)
-                    if shard
-                    else copy_in(parameter, group_name)
-                )
+        shards = {id(module._parameters[name]): shard for name, shard in shards_of(module).items()}
+
+        def seen(parameter: nn.Parameter) -> torch.Tensor:
+            shard = shards.get(id(parameter))
+            if shard is None:
+                return copy_in(parameter, self.place.group_name)
+            return sum_copies(parameter, shard.cut, shard.dim, self.place.rank, self.place.group_name)
+
         put_parameters(module, module._parameters, seen)
 
     def drop(self, module: nn.Module, _args: Any, _output: Any) -> None:

@@ -268,7 +268,7 @@ class RowParallelLinear(_ParallelLinear):
             )
         rows = self.force.rows if self.force is not None else None
         if rows is not None and bias is not None:  # which every rank adds to its rows
-            bias = rows.seen.get(id(bias), bias)
+            bias = rows.seen(bias)
         flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         if rows is None:
             level = self.place.determinism

@@ -34,7 +34,7 @@ class Rows:
     sizes: list[int]
     place: Place
     parameters: Sequence[nn.Parameter] = ()
-    _seen: dict[int, torch.Tensor] = field(default_factory=dict)
+    _sums: dict[int, torch.Tensor] = field(default_factory=dict)
     together: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -44,13 +44,18 @@ class Rows:
         sizes = [stop - start for start, stop in split_evenly(math.prod(shape), place.world_size)]
         return cls(shape, sizes, place, parameters)
 
-    @property
-    def seen(self) -> dict[int, torch.Tensor]:
-        """{id of a parameter: what to use in its place}, with its gradient summed over the ranks; nothing where there
-        are no gradients."""
-        if not self._seen and torch.is_grad_enabled():
-            self._seen.update(sum_gradients(self.parameters, self.place.group_name))
-        return self._seen if torch.is_grad_enabled() else {}
+    def seen(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What to use in its place: the same values, with the gradient summed over the ranks in one message for all of
+        `parameters`, when backward has found the last of them; itself where there are no gradients.
+
+        The values are those of now: at stage 3 of ZeRO most parameters come only after the forward has begun.
+        """
+        if not torch.is_grad_enabled():
+            return parameter
+        if not self._sums and (wanted := [p for p in self.parameters if p.requires_grad]):
+            self._sums.update(zip(map(id, wanted), _SumGradients.apply(self.place.group_name, *wanted), strict=True))
+        total = self._sums.get(id(parameter))
+        return parameter if total is None else _Values.apply(total, parameter.detach())
 
     @property
     def num(self) -> int:
@@ -131,10 +136,12 @@ class _Gather(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
+    """A tensor for each parameter that has its shape and no values; what reaches it is summed over the ranks."""
+
     @staticmethod
     def forward(ctx: Any, group_name: str, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group_name = group_name
-        return tuple(p.view_as(p) for p in parameters)
+        return tuple(torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) for p in parameters)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
@@ -148,13 +155,16 @@ class _SumGradients(torch.autograd.Function):
         return None, *sums
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], group_name: str) -> dict[int, torch.Tensor]:
-    """{id of a parameter: what to use in its place}; the gradients of all are summed over the ranks in one message,
-    when backward has found the last of them."""
-    wanted = [p for p in parameters if p.requires_grad]
-    if not wanted:
-        return {}
-    return dict(zip(map(id, wanted), _SumGradients.apply(group_name, *wanted), strict=True))
+class _Values(torch.autograd.Function):
+    """`values`, whose gradient goes to `total`."""
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
 
 
 class GatheredRows(torch.Tensor):

@@ -40,7 +40,8 @@ class FreedParameter(nn.Parameter):
     ) -> Any:
         is_property = type(func).__name__ == "method-wrapper"
         reads_values = is_property and func.__name__ == "__get__" and func.__self__.__name__ in _VALUES
-        finds_node = func is torch.Tensor.view_as and args[0] is args[1]  # autograd's node that takes the gradient
+        # Autograd's node that takes the gradient is found so; within a Function, without gradients, it reads values.
+        finds_node = func is torch.Tensor.view_as and args[0] is args[1] and torch.is_grad_enabled()
         if (is_property and not reads_values) or func in _METHODS or finds_node:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))

@@ -69,8 +69,9 @@ class Gatherer:
     def add(self, flats: Sequence[FlatParameters], module: nn.Module, stays: bool) -> None:
         unit = GatheredUnit(flats, stays)
         self.units.append(unit)
+        # First of all: hooks that were there before (tensor parallel's) use parameters.
         module.register_forward_pre_hook(
-            lambda _module, args, kwargs: self.enter(unit, (args, kwargs)), with_kwargs=True
+            lambda _module, args, kwargs: self.enter(unit, (args, kwargs)), with_kwargs=True, prepend=True
         )
         module.register_forward_hook(
             lambda _module, args, kwargs, output: self.leave(unit, (args, kwargs), output),

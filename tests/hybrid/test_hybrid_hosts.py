@@ -30,12 +30,12 @@ def _init(rank: int, world: int, hosts: str, store: str) -> None:
 
 def _train(rank: int, world: int, hosts: str, store: str, plan: str, kind: str, model: dict[str, Any]) -> Run:
     _init(rank, world, hosts, store)
-    return together(make_model(kind, **model), Plan.parse(plan), make_batches(6, 7), SETTINGS)
+    return together(make_model(kind, **model), Plan.parse(plan), make_batches(6, 7, tokens=50), SETTINGS)
 
 
 def _check(folder: Path, hosts: str, plan: str, kind: str, model: dict[str, Any]) -> None:
     found = run_ranks(_train, len(hosts), hosts, str(folder / "store"), plan, kind, model, backend="none")[0]
-    wanted = alone(make_model(kind, **model), make_batches(6, 7), SETTINGS)
+    wanted = alone(make_model(kind, **model), make_batches(6, 7, tokens=50), SETTINGS)
     assert not (wrong := differences(found, wanted)), "\n".join(wrong[:20])
 
 

@@ -262,8 +262,6 @@ def _refused(rank: int, world: int, case: str) -> str:
             shared, _ = pypar.parallelize(model, "dp=2 tp=2")
             ids = batch["input_ids"][:4] + rank % 2
             shared.train_step({"input_ids": ids, "labels": ids})
-        elif case == "meta":
-            pypar.parallelize(model.to("meta"), "dp=4 zero=3")
         elif case == "empty":
             shared, _ = pypar.parallelize(model, "dp=4")
             shared.train_step(shared.local_batch({k: v[:3] for k, v in batch.items()}))
@@ -288,7 +286,6 @@ def _refused(rank: int, world: int, case: str) -> str:
         ("empty", ["ValueError", "share 3 of 4 has no sample"]),
         ("batch", ["ValueError", "ranks 0 and 1 are one data-parallel share", "different shape"]),
         ("values", ["ValueError", "ranks 0 and 1 are one data-parallel share", "different values"]),
-        ("meta", ["ValueError", "on the meta device"]),
     ],
 )
 def test_every_rank_says_what_is_wrong(case: str, says: list[str]):
