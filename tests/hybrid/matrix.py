@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
 import torch
+import torch.distributed as dist
 from hybrid.hybrid_common import differences, make_batches, make_model
 from torch import nn
 
@@ -159,7 +163,14 @@ def parts_of(cell: Cell, dtype: torch.dtype) -> tuple[nn.Module, list[Any]]:
     return model, make_batches(3 * cell.accumulate, cell.samples, cell.options["vocab"], tokens)
 
 
-def run_cells(rank: int, world: int, cells: list[Cell], dtype: torch.dtype) -> list[Run]:
+def run_cells(
+    rank: int, world: int, cells: list[Cell], dtype: torch.dtype, ranks_per_host: int, store: str
+) -> list[Run]:
+    """ranks_per_host: that many, in order, are taken to be one host."""
+    os.environ["PYPAR_NODE_ID"] = str(rank // ranks_per_host)
+    dist.init_process_group(
+        "pypar", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     found = []
     for cell in cells:
         model, batches = parts_of(cell, dtype)
@@ -189,27 +200,31 @@ def draw_cells(rank: int, world: int, cells: list[Cell], dtype: torch.dtype) -> 
     return found
 
 
-def check(cells: Sequence[Cell]) -> list[str]:
+def check(cells: Sequence[Cell], ranks_per_host: int = 8) -> list[str]:
     """Runs cells of one number of ranks; what differs from one process, by cell ("": nothing).
 
     Where a gradient is nothing but rounding (of a key's bias), AdamW makes steps of it. So a cell that is off by no
     more than ten times the tolerance is run again in float64, where 1e-10 decides."""
-    found = run(cells, torch.float32, 1e-5, 1e-6)
+    found = run(cells, torch.float32, 1e-5, 1e-6, ranks_per_host)
     for number, (cell, wrong) in enumerate(zip(cells, found, strict=True)):
-        if wrong and not wrong.startswith("failed") and not any(run([cell], torch.float32, 1e-4, 1e-5)):
-            found[number] = run([cell], torch.float64, 1e-10, 1e-10)[0]
+        is_near = wrong and not wrong.startswith("failed")
+        if is_near and not any(run([cell], torch.float32, 1e-4, 1e-5, ranks_per_host)):
+            found[number] = run([cell], torch.float64, 1e-10, 1e-10, ranks_per_host)[0]
     return found
 
 
-def run(cells: Sequence[Cell], dtype: torch.dtype, rtol: float, atol: float) -> list[str]:
+def run(cells: Sequence[Cell], dtype: torch.dtype, rtol: float, atol: float, ranks_per_host: int) -> list[str]:
     (world,) = {cell.plan.world_size for cell in cells}
+    limit_s = 60 + 20 * len(cells)
     try:
-        found = run_ranks(run_cells, world, list(cells), dtype, timeout_s=60, limit_s=60 + 20 * len(cells))[0]
+        with tempfile.TemporaryDirectory() as folder:
+            given = list(cells), dtype, ranks_per_host, f"{folder}/store"
+            found = run_ranks(run_cells, world, *given, backend="none", limit_s=limit_s)[0]
     except RankFailed as error:
         if len(cells) == 1:
             texts = {text.strip().splitlines()[-1] for text in error.failures.values() if text.strip()}
             return ["failed: " + " | ".join(sorted(texts, key=lambda t: "PeerError" in t)[:2])]
-        return [each for cell in cells for each in run([cell], dtype, rtol, atol)]
+        return [each for cell in cells for each in run([cell], dtype, rtol, atol, ranks_per_host)]
     both = zip(found, references(cells, dtype), strict=True)
     return ["; ".join(differences(theirs, wanted, rtol, atol)[:3]) for theirs, wanted in both]
 
@@ -232,6 +247,9 @@ def main() -> int:
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="every Nth cell: 5 is each plan with one model"
     )
+    parser.add_argument(
+        "--ranks-per-host", type=int, default=8, metavar="N", help="hosts of N ranks each, on this machine (default 8)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     cells = [cell for cell in (pairs() if args.pairs else full()) if args.filter in str(cell)]
@@ -243,7 +261,7 @@ def main() -> int:
     order = {cell: number for number, cell in enumerate(cells)}
     random.Random(3).shuffle(cells)  # a run that is ended early has some of everything
     for group in batches_of(cells, 12):
-        for cell, wrong in zip(group, check(group), strict=True):
+        for cell, wrong in zip(group, check(group, args.ranks_per_host), strict=True):
             results[cell] = wrong
             if wrong:
                 print(f"WRONG {cell}: {wrong}", flush=True)
