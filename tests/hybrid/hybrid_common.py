@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pypar.verify.report import compare
@@ -101,6 +105,14 @@ def _make(kind: str, layers: int, tied: bool, heads: int, dropout: float, vocab:
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
+
+
+def init_on_hosts(rank: int, world: int, hosts: Sequence[str], store: str) -> None:
+    """The process group of ranks that this machine plays several hosts for. hosts: by rank. store: a file."""
+    os.environ["PYPAR_NODE_ID"] = hosts[rank]
+    dist.init_process_group(
+        "pypar", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
 
 
 def make_batches(count: int, samples: int, vocab: int = VOCAB, tokens: int = 12) -> list[dict[str, torch.Tensor]]:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 
 import torch
-import torch.distributed as dist
-from hybrid.hybrid_common import differences, make_batches, make_model
+from hybrid.hybrid_common import differences, init_on_hosts, make_batches, make_model
 from torch import nn
 
 from pypar.hybrid import Plan
@@ -167,10 +164,7 @@ def run_cells(
     rank: int, world: int, cells: list[Cell], dtype: torch.dtype, ranks_per_host: int, store: str
 ) -> list[Run]:
     """ranks_per_host: that many, in order, are taken to be one host."""
-    os.environ["PYPAR_NODE_ID"] = str(rank // ranks_per_host)
-    dist.init_process_group(
-        "pypar", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
+    init_on_hosts(rank, world, [str(each // ranks_per_host) for each in range(world)], store)
     found = []
     for cell in cells:
         model, batches = parts_of(cell, dtype)

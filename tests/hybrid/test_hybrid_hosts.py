@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from hybrid.hybrid_common import differences, make_batches, make_model
+from hybrid.hybrid_common import differences, init_on_hosts, make_batches, make_model
 from hybrid.test_hybrid_checkpoint import _differences as differences_of
 from hybrid.test_hybrid_checkpoint import _load_each as load_each
 from hybrid.test_hybrid_checkpoint import _save_each as save_each
@@ -23,13 +21,8 @@ pytestmark = pytest.mark.skipif(not backend.available(), reason="needs the compi
 SETTINGS = Settings(accumulate=2, clip=0.5)
 
 
-def _init(rank: int, world: int, hosts: str, store: str) -> None:
-    os.environ["PYPAR_NODE_ID"] = hosts[rank]
-    dist.init_process_group("pypar", store=dist.FileStore(store, world), rank=rank, world_size=world)
-
-
 def _train(rank: int, world: int, hosts: str, store: str, plan: str, kind: str, model: dict[str, Any]) -> Run:
-    _init(rank, world, hosts, store)
+    init_on_hosts(rank, world, hosts, store)
     return together(make_model(kind, **model), Plan.parse(plan), make_batches(6, 7, tokens=50), SETTINGS)
 
 
@@ -59,7 +52,7 @@ def test_with_a_pipeline_as_well(tmp_path):
 
 
 def _save_and_load(rank: int, world: int, hosts: str, folder: str, plan: str, elsewhere: str) -> tuple[Any, Any]:
-    _init(rank, world, hosts, f"{folder}/store")
+    init_on_hosts(rank, world, hosts, f"{folder}/store")
     saved = save_each(rank, world, folder, [plan], "llama")
     return saved, load_each(rank, world, folder, [(plan, [plan, elsewhere])], "llama")
 

@@ -86,6 +86,20 @@ def test_use_of_a_freed_parameter():
     run_ranks(check, 2, backend="gloo")
 
 
+def hooked(rank, world):
+    module, seen = Model(), []
+    for layer in module.layers:  # units of their own
+        layer.register_forward_pre_hook(lambda layer, _args: seen.append(layer.up.weight.detach().sum().item()))
+    wanted = [layer.up.weight.sum().item() for layer in module.layers]
+    model = pypar.Zero(module, stage=3)
+    loss_of(model, batch(world, 0)[rank * 4 : rank * 4 + 4]).backward()
+    assert seen == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_hook_from_before_reads_the_values_of_its_unit():
+    run_ranks(hooked, 2, backend="gloo")
+
+
 class Marked(nn.Parameter):
     pass
 
