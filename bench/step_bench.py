@@ -147,7 +147,11 @@ class StepBench:
                     say(f"  other processes took {percent:.1f} % of the time of {name}{hint}")
             for variant in variants if self.breakdown_steps else ():
                 mine = [r for r in results if r.variant == variant.name and not r.refused]
-                parts = variant.profile(case, self.breakdown_steps) if mine else {}
+                try:
+                    parts = variant.profile(case, self.breakdown_steps) if mine else {}
+                except (RuntimeError, TimeoutError) as error:  # the times are there, and stay
+                    say(f"  no breakdown of {variant.name}: {str(error).strip().splitlines()[-1]}")
+                    parts = {}
                 for r in mine:
                     r.extra |= {column(name): f"{us / 1e3:.3f}" for name, us in parts.items()}
             return case, results
