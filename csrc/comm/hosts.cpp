@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 
+#include "comm/interrupt.h"
 #include "comm/tensors.h"
 #include "pypar/signal.h"
 
@@ -92,16 +93,26 @@ void set_inner_factory(InnerFactory factory) {
 
 Hosts::Hosts(std::shared_ptr<Communicator> local, std::vector<std::vector<int>> hosts,
              c10::intrusive_ptr<c10d::Store> store, int rank, int size, std::chrono::milliseconds timeout)
-    : shared_(std::move(local)), local_(*shared_), hosts_(std::move(hosts)), rank_(rank), size_(size) {
+    : shared_(std::move(local)),
+      local_(*shared_),
+      hosts_(std::move(hosts)),
+      rank_(rank),
+      size_(size),
+      store_(std::move(store)) {
   host_ = place_of(rank).first;
   for (const auto& host : hosts_) equal_ = equal_ && host.size() == hosts_[0].size();
-  watch_ = std::make_shared<Watch>(shared_, hosts_, host_, store);
-  InnerRequest request{std::move(store), rank, size, -1, host_, static_cast<int>(hosts_.size()), timeout};
+  watch_ = std::make_shared<Watch>(shared_, hosts_, host_, store_);
+  InnerRequest request{store_, rank, size, -1, host_, static_cast<int>(hosts_.size()), timeout};
   if (equal_ || leads()) request.across_index = local_.rank();
   if (!inner_factory()) throw ArgumentError("pypar: the group spans hosts; import pypar to connect them");
   inner_ = inner_factory()(request);
-  watch_->start(
-      {[inner = inner_] { cut(inner); }, [inner = inner_, local = shared_] { return closed(inner, *local); }});
+  watch_->start({[inner = inner_, slot = link_slot_] {
+                   cut(inner);
+                   std::lock_guard<std::mutex> lock(slot->mutex);
+                   slot->cut = true;
+                   if (slot->links) slot->links->cut();
+                 },
+                 [inner = inner_, local = shared_] { return closed(inner, *local); }});
 }
 
 Hosts::~Hosts() {
@@ -145,9 +156,29 @@ void Hosts::await(const char* what, Deadline deadline, const std::function<void(
   const Watch::Call call(*watch_, calls_);
   try {
     wait();
+  } catch (const Interrupted&) {
+    watch_->wake();  // the group is over: the others shall hear why
+    throw;
   } catch (const std::exception& error) {
     watch_->fail(std::string(what) + ", call " + std::to_string(calls_) + " between hosts", error.what(), deadline);
   }
+}
+
+Links::Check Hosts::link_check(const char* what, Deadline deadline) const {
+  return [this, what, deadline] {
+    local_.check_interrupt(what);
+    local_.check_alive(local_.rank(), what, deadline);
+  };
+}
+
+Links& Hosts::links(const std::vector<int>& peers, const Links::Check& check) {
+  if (!link_slot_->links) {  // only a call in its turn makes them
+    auto made = std::make_unique<Links>(*store_, rank_, peers, check);
+    std::lock_guard<std::mutex> lock(link_slot_->mutex);
+    link_slot_->links = std::move(made);
+    if (link_slot_->cut) link_slot_->links->cut();
+  }
+  return *link_slot_->links;
 }
 
 void Hosts::sum_across(at::Tensor& tensor, c10d::ReduceOp op, Deadline deadline) {

@@ -1,5 +1,6 @@
 // Collectives of a group whose ranks are on several hosts: within a host through shared memory, between hosts through
-// gloo, so that each byte crosses the network once per host and not once per rank.
+// gloo or (rows of matmuls) through links of our own, so that each byte crosses the network once per host and not once
+// per rank.
 #pragma once
 
 #include <functional>
@@ -15,6 +16,7 @@
 
 #include "comm/calibration.h"
 #include "comm/communicator.h"
+#include "comm/links.h"
 #include "comm/watch.h"
 
 namespace pypar {
@@ -98,6 +100,16 @@ class Hosts {
   struct RowCall;
   using WorkPtr = c10::intrusive_ptr<c10d::Work>;
 
+  // Made by the first call with rows, which is one of all ranks.
+  struct LinkSlot {
+    std::mutex mutex;
+    std::unique_ptr<Links> links;
+    bool cut = false;
+  };
+  Links& links(const std::vector<int>& peers, const Links::Check& check);
+  // Ends a wait in the links: the group is over, the deadline passed, this rank was interrupted.
+  Links::Check link_check(const char* what, Deadline deadline) const;
+
   bool leads() const { return local_.rank() == 0; }
   // Starts a call of gloo and waits for it. What gloo throws ends the group.
   void finish(const char* what, Deadline deadline, const std::function<WorkPtr()>& start);
@@ -121,7 +133,9 @@ class Hosts {
   const int size_;
   int host_ = 0;
   bool equal_ = true;  // all hosts have as many ranks
+  const c10::intrusive_ptr<c10d::Store> store_;
   InnerGroups inner_;
+  const std::shared_ptr<LinkSlot> link_slot_ = std::make_shared<LinkSlot>();
   std::shared_ptr<Watch> watch_;
   std::atomic<uint64_t> calls_{0};  // the same on all ranks at the same call
   std::mutex mutex_;                // of the next two

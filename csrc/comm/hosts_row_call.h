@@ -14,10 +14,8 @@
 
 namespace pypar {
 
-// Tags of gloo that nothing else has; see hosts.cpp and messages.cpp.
-inline constexpr int kAgreeTag = (1 << 28) + 2;
-inline constexpr int kRowsTag = (1 << 28) + 3;
-inline constexpr int kSumsTag = (1 << 28) + 4;
+inline constexpr uint32_t kAgreeTag = 1, kRowsTag = 2, kSumsTag = 3;
+
 // A cut of rows in parts as even as can be; of many rows in multiples of 16, which suit a matmul.
 struct Cut {
   int64_t parts;
@@ -39,7 +37,7 @@ void for_ranks(const std::vector<int>& ranks, Size&& size, int64_t begin, int64_
   }
 }
 
-// What every rank says before rows travel: gloo ends the process that gets more than it expects.
+// What every rank says before rows travel, so that calls that don't match are told from each other by name.
 struct Said {
   int64_t num_chunks, total, row_items;
   uint64_t rows_hash;
@@ -52,12 +50,18 @@ inline std::string text_of(const Said& said) {
          std::to_string(said.num_chunks) + " chunks)";
 }
 
-inline at::Tensor bytes_at(const void* data, int64_t bytes) {
-  return at::from_blob(const_cast<void*>(data), {bytes}, at::kByte);
-}
-
 // One call.
 struct Hosts::RowCall {
+  using Tickets = std::vector<Links::Ticket>;
+  // The memory of what is on its way goes with a call that fails: so do the connections.
+  struct OwnLinks {
+    Links* links = nullptr;
+    ~OwnLinks() {
+      if (links != nullptr) links->drop();
+    }
+    Links* operator->() const { return links; }
+  };
+
   RowCall(Hosts& all, Op op, int num_chunks, int64_t total, int64_t row_items, uint64_t rows_hash, DType dtype,
           Deadline deadline)
       : hosts(all),
@@ -69,6 +73,7 @@ struct Hosts::RowCall {
         dtype(dtype),
         deadline(deadline),
         what(name_of(op)),
+        check(hosts.link_check(what, deadline)),
         mates(hosts.hosts_[static_cast<size_t>(hosts.host_)]),
         carried(mates.size()) {
     if (num_chunks < 1) throw ArgumentError(std::string(what) + ": num_chunks is " + std::to_string(num_chunks));
@@ -79,21 +84,22 @@ struct Hosts::RowCall {
       carriers.push_back(ranks[static_cast<size_t>(me) % ranks.size()]);
       for (size_t place = 0; place < ranks.size(); ++place) carried[place % mates.size()].push_back(ranks[place]);
     }
+    peers = carriers;
+    for (int r : my_carried()) {
+      if (std::find(peers.begin(), peers.end(), r) == peers.end()) peers.push_back(r);
+    }
+    hosts.await(what, deadline, [&] { links.links = &hosts.links(peers, check); });
     agree({num_chunks, total, row_items, rows_hash, static_cast<uint32_t>(op), static_cast<uint32_t>(dtype)});
   }
 
   const std::vector<int>& my_carried() const { return carried[static_cast<size_t>(me)]; }
 
   void agree(const Said& mine) {
-    std::vector<int> peers = carriers;
-    for (int r : my_carried()) {
-      if (std::find(peers.begin(), peers.end(), r) == peers.end()) peers.push_back(r);
-    }
     auto* theirs = reinterpret_cast<Said*>(buffer(static_cast<int64_t>(sizeof(Said) * (peers.size() + 1))));
     theirs[peers.size()] = mine;
-    std::vector<WorkPtr> comes;
+    Tickets comes;
     for (size_t i = 0; i < peers.size(); ++i) {
-      comes.push_back(receive(&theirs[i], sizeof(Said), peers[i], kAgreeTag));
+      comes.push_back(links->receive(peers[i], &theirs[i], sizeof(Said), kAgreeTag));
       send_bytes(&theirs[peers.size()], sizeof(Said), peers[i], kAgreeTag);
     }
     wait(comes);
@@ -114,32 +120,24 @@ struct Hosts::RowCall {
   }
   std::byte* rows_buffer(int64_t rows) { return buffer(rows * row_bytes); }
 
-  WorkPtr receive(void* data, int64_t bytes, int rank, int tag) {
-    WorkPtr work;
-    hosts.await(what, deadline, [&] {
-      std::vector<at::Tensor> tensors{bytes_at(data, bytes)};
-      work = hosts.inner_.whole->recv(tensors, rank, tag);
-    });
-    return work;
+  void send_bytes(const void* data, int64_t bytes, int rank, uint32_t tag) {
+    hosts.await(what, deadline, [&] { sends.push_back(links->send(rank, data, bytes, tag)); });
   }
-  void send_bytes(const void* data, int64_t bytes, int rank, int tag) {
-    hosts.await(what, deadline, [&] {
-      std::vector<at::Tensor> tensors{bytes_at(data, bytes)};
-      sends.push_back(hosts.inner_.whole->send(tensors, rank, tag));
-    });
+  void receive_rows(Tickets& comes, void* data, int64_t rows, int rank, uint32_t tag) {
+    if (rows != 0) comes.push_back(links->receive(rank, data, rows * row_bytes, tag));
   }
-  void receive_rows(std::vector<WorkPtr>& works, void* data, int64_t rows, int rank, int tag) {
-    if (rows != 0) works.push_back(receive(data, rows * row_bytes, rank, tag));
-  }
-  void send_rows(const void* data, int64_t rows, int rank, int tag) {
+  void send_rows(const void* data, int64_t rows, int rank, uint32_t tag) {
     if (rows != 0) send_bytes(data, rows * row_bytes, rank, tag);
   }
-  void wait(std::vector<WorkPtr>& works) {
-    for (auto& work : works) {
-      const auto left = time_left(deadline);
-      hosts.await(what, deadline, [&] { work->wait(left == c10d::kUnsetTimeout ? kNoTimeout : left); });
-    }
-    works.clear();
+  // Between two matmuls: what can be moved at once is.
+  void progress() {
+    hosts.await(what, deadline, [&] { links->progress(); });
+  }
+  void wait(Tickets& messages) {
+    hosts.await(what, deadline, [&] {
+      for (const auto& message : messages) links->wait(message, check);
+    });
+    messages.clear();
   }
 
   // out = this host's sum of counts[me] rows. produce(place, begin, num, data).
@@ -176,11 +174,14 @@ struct Hosts::RowCall {
   const DType dtype;
   const Deadline deadline;
   const char* const what;
+  const Links::Check check;
   const std::vector<int>& mates;          // the ranks of this host
   std::vector<int> carriers;              // of this rank's rows on the other hosts, in the order of hosts
+  std::vector<int> peers;                 // carriers of its rows, and ranks whose rows it carries
   std::vector<std::vector<int>> carried;  // by place on this host: of which ranks
   std::vector<at::Tensor> buffers;        // outlive what is on its way to and from them
-  std::vector<WorkPtr> sends;
+  Tickets sends;
+  OwnLinks links;
 };
 
 }  // namespace pypar

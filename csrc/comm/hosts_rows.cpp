@@ -28,6 +28,10 @@ int64_t total_of(const std::vector<int64_t>& rows) {
   return std::accumulate(rows.begin(), rows.end(), int64_t{0});
 }
 
+at::Tensor bytes_at(const void* data, int64_t bytes) {
+  return at::from_blob(const_cast<void*>(data), {bytes}, at::kByte);
+}
+
 }  // namespace
 
 void Hosts::all_gather_rows(const void* in, const std::vector<int64_t>& rows, int64_t row_items, int num_chunks,
@@ -35,7 +39,7 @@ void Hosts::all_gather_rows(const void* in, const std::vector<int64_t>& rows, in
   RowCall call(*this, Op::all_gather_rows, num_chunks, total_of(rows), row_items, hash_of(rows), dtype, deadline);
   const Cut cut{num_chunks};
   std::vector<std::byte*> begins;  // of the chunks in what this rank carries, rank by rank
-  std::vector<std::vector<WorkPtr>> comes(static_cast<size_t>(num_chunks));
+  std::vector<RowCall::Tickets> comes(static_cast<size_t>(num_chunks));
   int64_t carried = 0;
   for (int r : call.my_carried()) carried += at_rank(rows, r);
   std::byte* to = call.rows_buffer(carried);
@@ -59,6 +63,7 @@ void Hosts::all_gather_rows(const void* in, const std::vector<int64_t>& rows, in
     local_.all_gather_rows(
         in, counts.data(), row_items,
         [&](int src, int64_t begin, int64_t num, const void* data) {
+          call.progress();
           consume(call.mates[static_cast<size_t>(src)], begin, num, data);
         },
         deadline, dtype);
@@ -77,6 +82,7 @@ void Hosts::all_gather_rows(const void* in, const std::vector<int64_t>& rows, in
         [&](int src, int64_t begin, int64_t num, const void* data) {
           for_ranks(call.carried[static_cast<size_t>(src)], size, begin, num,
                     [&](int r, int64_t row, int64_t n, int64_t at) {
+                      call.progress();
                       consume(r, cut.begin(at_rank(rows, r), c) + row, n, offset(data, at * call.row_bytes));
                     });
         },
@@ -92,7 +98,7 @@ void Hosts::reduce_scatter_rows(const std::vector<int64_t>& rows, int64_t row_it
   const Cut cut{num_chunks};
   const int64_t own = at_rank(rows, rank_), row_bytes = call.row_bytes;
   std::vector<std::byte*> sums;  // of this rank's rows, by the other hosts
-  std::vector<std::vector<WorkPtr>> comes(static_cast<size_t>(num_chunks));
+  std::vector<RowCall::Tickets> comes(static_cast<size_t>(num_chunks));
   for (int r : call.carriers) {
     sums.push_back(call.rows_buffer(own));
     for (int64_t c = 0; c < num_chunks; ++c) {
@@ -119,6 +125,7 @@ void Hosts::reduce_scatter_rows(const std::vector<int64_t>& rows, int64_t row_it
         [&](int dst, int64_t begin, int64_t num, void* data) {
           for_ranks(call.carried[static_cast<size_t>(dst)], size, begin, num,
                     [&](int r, int64_t row, int64_t n, int64_t at) {
+                      call.progress();
                       produce(r, cut.begin(at_rank(rows, r), c) + row, n, offset(data, at * row_bytes));
                     });
         },
@@ -134,6 +141,7 @@ void Hosts::reduce_scatter_rows(const std::vector<int64_t>& rows, int64_t row_it
   call.sum_locally(
       counts,
       [&](int dst, int64_t begin, int64_t num, void* data) {
+        call.progress();
         produce(call.mates[static_cast<size_t>(dst)], begin, num, data);
       },
       out);
@@ -171,7 +179,7 @@ void Hosts::all_reduce_rows(int64_t rows, int64_t row_items, int num_chunks, con
   };
   struct Chunk {
     std::vector<std::byte*> sums;  // of this rank's rows, by the other hosts
-    std::vector<WorkPtr> sums_come, rows_come;
+    RowCall::Tickets sums_come, rows_come;
     std::byte* part = nullptr;   // this host's sums of what this rank carries
     std::byte* shown = nullptr;  // this rank's rows and those that it carries, for its host
   };
@@ -211,6 +219,7 @@ void Hosts::all_reduce_rows(int64_t rows, int64_t row_items, int num_chunks, con
           for_ranks(
               call.carried[static_cast<size_t>(dst)], [&](int r) { return size_of(c, r); }, begin, num,
               [&](int r, int64_t first, int64_t n, int64_t at) {
+                call.progress();
                 produce(begin_of(c, r) + first, n, offset(data, at * row_bytes));
               });
         },
@@ -221,6 +230,7 @@ void Hosts::all_reduce_rows(int64_t rows, int64_t row_items, int num_chunks, con
     call.sum_locally(
         near,
         [&](int dst, int64_t begin, int64_t num, void* data) {
+          call.progress();
           produce(begin_of(c, call.mates[static_cast<size_t>(dst)]) + begin, num, data);
         },
         row(begin_of(c, rank_)));

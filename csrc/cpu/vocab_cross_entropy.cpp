@@ -161,7 +161,7 @@ struct Sums {
 // other; for determinism "layout" not rounded, since how many sums are sent depends on the number of ranks.
 template <typename T, typename Message>
 void add_losses(Sums& sums, T* max_out, T* sum_out, const at::Tensor& logits, const Task& task, int64_t first) {
-  const int64_t rows = logits.size(0), columns = logits.size(1);
+  const int64_t rows = logits.size(0);
   const int planes = task.smoothing > 0 ? 4 : 3;  // max, sum, the target's logit, the sum of the logits
   constexpr int64_t kFacts = sizeof(Facts) / sizeof(Message);
   at::Tensor mine = at::zeros({1, kFacts + planes * rows}, at::CppTypeToScalarType<Message>::value);

@@ -7,7 +7,10 @@ program ranks_as_threads says of it is in the table, tests/kernels/emulation/mut
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_executor
@@ -291,9 +294,27 @@ def mutate(mutation: Mutation, folder: Path) -> Path:
     return folder / "mutated"
 
 
-def notice(mutation: Mutation, folder: Path) -> tuple[str, str]:
+@pytest.fixture(scope="module")
+def program_of(request, tmp_path_factory) -> Iterator[Callable[[Mutation], Path]]:
+    """mutation -> the program with it. All that this session needs are compiled while the first ones run."""
+
+    root = tmp_path_factory.mktemp("mutants")
+
+    def compiled(mutation: Mutation) -> Path:
+        folder = root / mutation.mistake.replace(" ", "_")
+        folder.mkdir()
+        return cuda_executor.build_ranks(folder, "races", mutate(mutation, folder))
+
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    wanted = {item.callspec.params["mutation"].mistake: item.callspec.params["mutation"] for item in items}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = {mistake: pool.submit(compiled, mutation) for mistake, mutation in wanted.items()}
+        yield lambda mutation: programs[mutation.mistake].result()
+        pool.shutdown(cancel_futures=True)
+
+
+def notice(mutation: Mutation, program: Path) -> tuple[str, str]:
     """How the mistake was noticed, and the first line that says so."""
-    program = cuda_executor.build_ranks(folder, "races", mutate(mutation, folder))
     status, said = cuda_executor.run_program(program, mutation.scenario, mutation.world, 30, stalls="11:300")
     if status == 0:
         return "not noticed", ""
@@ -305,22 +326,22 @@ def notice(mutation: Mutation, folder: Path) -> tuple[str, str]:
     return ("end" if line[1].startswith(("end", "report", "error")) else "value"), line[1]
 
 
-def check(mutation: Mutation, folder: Path) -> None:
+def check(mutation: Mutation, program: Path) -> None:
     """How it is noticed first may depend on what else the machine does; that it is noticed doesn't."""
-    how = notice(mutation, folder)[0]
+    how = notice(mutation, program)[0]
     assert (how == "not noticed") == (mutation.noticed == "not noticed"), how
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.mistake.replace(" ", "_"))
-def test_a_mistake_is_noticed(mutation, tmp_path):
-    check(mutation, tmp_path)
+def test_a_mistake_is_noticed(mutation, program_of):
+    check(mutation, program_of(mutation))
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS[:2], ids=lambda m: m.mistake.replace(" ", "_"))
-def test_a_forgotten_order_is_a_race(mutation, tmp_path):
+def test_a_forgotten_order_is_a_race(mutation, program_of):
     """Two of them in the fast suite, too."""
-    check(mutation, tmp_path)
+    check(mutation, program_of(mutation))
 
 
 def rows() -> str:

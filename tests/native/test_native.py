@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,21 +117,32 @@ def test_checker_finds_what_goes_wrong_without_a_rule(relacy, model, mutation, f
 FLAGS = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/include'}"]
 
 
+FAST = ["-O2", "-std=c++20", "-Icsrc", "-Icsrc/include"]
+
+
 @pytest.fixture(scope="session")
-def sanitized(tmp_path_factory):
-    """sanitizer -> the objects of the core, compiled once."""
-    cache: dict[str, list[str]] = {}
+def objects(tmp_path_factory):
+    """flags -> the objects of the core, compiled once, as many at a time as there are cores."""
+    cache: dict[tuple[str, ...], list[str]] = {}
 
-    def objects(sanitizer: str) -> list[str]:
-        if sanitizer not in cache:
+    def compiled(flags: Sequence[str]) -> list[str]:
+        if tuple(flags) not in cache:
             folder = tmp_path_factory.mktemp("core")
-            command = [COMPILER, "-c", f"-fsanitize={sanitizer}", *FLAGS, *(str(ROOT / f) for f in CORE)]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            cache[sanitizer] = [str(path) for path in folder.glob("*.o")]
-        return cache[sanitizer]
 
-    return objects
+            def compile_one(source: str) -> str:
+                return str(build(folder / f"{Path(source).stem}.o", "-c", *flags, source))
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                cache[tuple(flags)] = list(pool.map(compile_one, CORE))
+        return cache[tuple(flags)]
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def sanitized(objects):
+    """sanitizer -> the objects of the core."""
+    return lambda sanitizer: objects([f"-fsanitize={sanitizer}", *FLAGS])
 
 
 @pytest.mark.slow
@@ -223,8 +236,7 @@ def test_sanitizer_finds_rows_that_break_a_rule(tmp_path, sanitized, path, rule,
 
 
 @pytest.mark.parametrize("test", ["collectives_test", "rows_test"])
-def test_ten_thousand_calls_with_stalls(tmp_path, test):
-    flags = ("-O2", "-std=c++20", "-Icsrc", "-Icsrc/include")
-    program = build(tmp_path / "program", *flags, *CORE, f"tests/native/{test}.cpp")
+def test_ten_thousand_calls_with_stalls(tmp_path, objects, test):
+    program = build(tmp_path / "program", *FAST, f"tests/native/{test}.cpp", *objects(FAST))
     for world, calls in ((2, 10000), (3, 2000)):
         subprocess.run([program, str(world), str(calls), "7"], check=True, timeout=250)
