@@ -20,6 +20,9 @@ import torch.distributed as dist
 NAME = "pypar"
 
 _log = logging.getLogger(__name__)
+# torch.compiler.disable, but for when it loads Dynamo, which takes a second: not where pypar is imported, but when the
+# function is called first. torch has it for its own code.
+uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 
 def _load_extension() -> ModuleType | None:

@@ -19,6 +19,7 @@ class Links {
  public:
   // Called between slices of a wait: throws what shall end it.
   using Check = std::function<void()>;
+  static constexpr int kSliceMs = 50;
 
   // Collective over this rank and its `peers` (ranks of the group), each of which names the other. The address is that
   // of the interface that GLOO_SOCKET_IFNAME names, else the host's name's, else the loopback's, as gloo does it.

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.utils import _pytree as pytree
 
+from pypar.backend import uncompiled
 from pypar.gradients.linear import fuse_all
 from pypar.gradients.reducer import Reducer
 
@@ -95,7 +96,7 @@ class DataParallel(nn.Module, Joinable):
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         grad_enabled = torch.is_grad_enabled()
         if grad_enabled:

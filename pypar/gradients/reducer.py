@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pypar import symmetric
+from pypar.backend import uncompiled
 from pypar.gradients.buckets import Bucket, Slot, assign
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -272,7 +273,7 @@ class Reducer:
 
     # -- what can go wrong -----------------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @uncompiled
     def check_idle(self) -> None:
         """Called before a forward pass: the backward before it must have come to its end, on the same parameters."""
         for slot in self.slots:

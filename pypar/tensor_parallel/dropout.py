@@ -98,9 +98,12 @@ class _Frame:
             self.repeat = above.repeat * 4093 + number
 
 
-@torch.compiler.assume_constant_result
 def _site_number(name: str, repeat: int, call: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{name} {repeat} {call}".encode(), digest_size=8).digest(), signed=True)
+
+
+# All that torch.compiler.assume_constant_result does, but for loading Dynamo here, which takes a second.
+_site_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Dropouts:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pypar import ops, symmetric
+from pypar.backend import uncompiled
 from pypar.ops.zero_gather import Gathering
 from pypar.zero.freed import free, restore
 from pypar.zero.hosts import Hosts
@@ -162,7 +163,7 @@ class FlatParameters:
         if self.master is not self.own:  # what did not change keeps the digits that a half type lacks
             self.master.copy_(torch.where(mine == self.master.to(self.dtype), self.master, mine.float()))
 
-    @torch.compiler.disable
+    @uncompiled
     def check(self) -> None:
         """The parameters are still where they were put. Raises RuntimeError."""
         home = self.full.untyped_storage()._cdata

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pypar.backend import uncompiled
 from pypar.zero.flat import FlatParameters
 from pypar.zero.order import Order
 
@@ -97,7 +98,7 @@ class Gatherer:
         if not torch.is_grad_enabled():
             self.finish()
 
-    @torch.compiler.disable
+    @uncompiled
     def watch(self, output: torch.Tensor) -> None:
         """A backward through `output`, which the whole module returned, is seen to its end."""
         if self.units:
@@ -172,7 +173,7 @@ class Gatherer:
         unit.free()
         self.whole.pop(unit, None)
 
-    @torch.compiler.disable
+    @uncompiled
     def enter(self, unit: GatheredUnit, _args: Any) -> None:
         unit.around.update(other for other in self.active if other is not unit)
         self.active.append(unit)
@@ -182,7 +183,7 @@ class Gatherer:
         else:
             self.need(unit, self.forward)
 
-    @torch.compiler.disable
+    @uncompiled
     def leave(self, unit: GatheredUnit, args: Any, output: Any) -> None:
         if not self.active or self.active[-1] is not unit:
             return  # it raised before it was entered

@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
+from pypar.backend import uncompiled
 from pypar.zero.flat import FlatParameters
 
 
@@ -62,7 +62,7 @@ class Watch:
         self.modules = [(name, each, dict(each._parameters)) for name, each in module.named_modules()]
         self.trains = [(name, p, p.requires_grad) for name, p in module.named_parameters()]
 
-    @torch.compiler.disable
+    @uncompiled
     def check(self) -> None:
         """Raises RuntimeError: a parameter was replaced, added or removed, frozen or unfrozen."""
         for name, module, parameters in self.modules:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
+from pypar.backend import uncompiled
 from pypar.gradients.linear import fuse_all
 from pypar.zero import checkpoint
 from pypar.zero.flat import FlatParameters
@@ -136,7 +137,7 @@ class Zero(nn.Module):
             self.optimizer.load_full_state({names[id(p)]: _tensors(s) for p, s in optimizer.state.items()})
         self._gatherer.finish()
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled(recursive=False)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             self._reducer.check_idle()
