@@ -6,7 +6,7 @@ namespace pypar {
 struct Calibration {
   double latency_s = 0;    // of a small message from host to host
   double bytes_per_s = 0;  // out of a host, while as much comes in
-  double chunk_s = 0;      // that one more chunk costs beside a matmul: threads of the transport wait for a core
+  double chunk_s = 0;      // that one more chunk costs beside a matmul
   double wire_cpu = 0;     // share of the wire's time that the transport takes from cores that multiply
   // Of one rank's matmul, floating-point operations per second.
   double float32_flops = 0;

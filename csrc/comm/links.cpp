@@ -34,10 +34,6 @@ Links::Connection& Links::to(int peer) {
   throw std::runtime_error("rank " + std::to_string(rank_) + " has no link to rank " + std::to_string(peer));
 }
 
-void Links::broken(const Connection& c, const std::string& why) const {
-  throw std::runtime_error("the link to rank " + std::to_string(c.peer) + ": " + why);
-}
-
 Links::Ticket Links::send(int peer, const void* data, int64_t bytes, uint32_t tag) {
   Connection& c = to(peer);
   auto message = std::make_shared<Message>();
@@ -62,7 +58,7 @@ Links::Ticket Links::receive(int peer, void* data, int64_t bytes, uint32_t tag) 
 // True: something moved.
 bool Links::push(Connection& c) {
   bool moved = false;
-  while (!c.out.empty()) {
+  while (!c.out.empty() && c.broken.empty()) {
     Outgoing& front = c.out.front();
     Message& m = *front.message;
     iovec parts[2] = {
@@ -73,8 +69,8 @@ bool Links::push(Connection& c) {
     what.msg_iovlen = 2;
     const ssize_t n = sendmsg(c.fd, &what, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (n < 0) {
-      if (would_block()) return moved;
-      broken(c, errno_text());
+      if (!would_block()) c.broken = errno_text();
+      return moved;
     }
     moved = true;
     const size_t of_header = std::min(static_cast<size_t>(n), parts[0].iov_len);
@@ -89,13 +85,17 @@ bool Links::push(Connection& c) {
 
 // The receive that the header is for; false: it isn't posted yet.
 bool Links::take_header(Connection& c) {
-  if (c.header.magic != kMagic) broken(c, "what came is no message of pypar");
+  if (c.header.magic != kMagic) {
+    c.broken = "what came is no message of pypar";
+    return false;
+  }
   const auto wanted =
       std::find_if(c.posted.begin(), c.posted.end(), [&](const auto& message) { return message->tag == c.header.tag; });
   if (wanted == c.posted.end()) return false;
   if ((*wanted)->bytes != c.header.bytes) {
-    broken(c, "it sent " + std::to_string(c.header.bytes) + " bytes where this rank expects " +
-                  std::to_string((*wanted)->bytes));
+    c.broken = "it sent " + std::to_string(c.header.bytes) + " bytes where this rank expects " +
+               std::to_string((*wanted)->bytes);
+    return false;
   }
   c.coming = *wanted;
   c.posted.erase(wanted);
@@ -105,7 +105,7 @@ bool Links::take_header(Connection& c) {
 
 bool Links::pull(Connection& c) {
   bool moved = false;
-  for (;;) {
+  while (c.broken.empty()) {
     if (!c.coming && c.header_moved == sizeof(Header) && !take_header(c)) return moved;
     // The rest of a message, and the header behind it in the same call.
     std::byte* data = c.coming ? c.coming->data + c.coming->moved : nullptr;
@@ -117,10 +117,13 @@ bool Links::pull(Connection& c) {
     what.msg_iovlen = 2;
     const ssize_t n = recvmsg(c.fd, &what, MSG_DONTWAIT);
     if (n < 0) {
-      if (would_block()) return moved;
-      broken(c, errno_text());
+      if (!would_block()) c.broken = errno_text();
+      return moved;
     }
-    if (n == 0) broken(c, "it was closed at the other end");
+    if (n == 0) {
+      c.broken = "it was closed at the other end";
+      return moved;
+    }
     moved = true;
     const size_t of_message = std::min(static_cast<size_t>(n), left);
     c.header_moved += static_cast<size_t>(n) - of_message;
@@ -130,24 +133,31 @@ bool Links::pull(Connection& c) {
     c.coming->done = true;
     c.coming.reset();
   }
+  return moved;
+}
+
+bool Links::move() {
+  bool moved = false;
+  for (Connection& c : connections_) {
+    const bool out = push(c), in = pull(c);
+    moved = moved || out || in;
+    if (c.broken.empty() || (c.out.empty() && c.posted.empty() && !c.coming)) continue;
+    throw std::runtime_error("the link to rank " + std::to_string(c.peer) + ": " + c.broken);
+  }
+  return moved;
 }
 
 void Links::progress() {
-  for (Connection& c : connections_) push(c), pull(c);
+  move();
 }
 
 void Links::wait(const Ticket& message, const Check& check) {
   std::vector<pollfd> ready;
-  for (;;) {
-    bool moved = false;
-    for (Connection& c : connections_) {
-      const bool out = push(c), in = pull(c);
-      moved = moved || out || in;
-    }
-    if (message->done) return;
-    if (moved) continue;
+  while (!message->done) {
+    if (move()) continue;
     ready.clear();
     for (const Connection& c : connections_) {
+      if (!c.broken.empty()) continue;
       // A message that nobody waits for yet would wake this rank again and again.
       const bool held = !c.coming && c.header_moved == sizeof(Header);
       const int events = (held ? 0 : POLLIN) | (c.out.empty() ? 0 : POLLOUT);

@@ -70,13 +70,15 @@ class Links {
     std::shared_ptr<Message> coming;  // its header has come
     Header header{};
     size_t header_moved = 0;
+    std::string broken;  // why nothing moves any more; no fault as long as nothing has to
   };
 
   Connection& to(int peer);
   bool push(Connection& c);
   bool pull(Connection& c);
   bool take_header(Connection& c);
-  [[noreturn]] void broken(const Connection& c, const std::string& why) const;
+  // Both directions of all connections; true: something moved. Throws where what has to move can't.
+  bool move();
 
   const int rank_;
   std::vector<Connection> connections_;

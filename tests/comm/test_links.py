@@ -54,6 +54,21 @@ def test_both_directions_carry_more_than_the_buffers_hold(tmp_path):
     run_ranks(more_than_any_buffer, 2, str(tmp_path), backend="none")
 
 
+def one_is_done_first(rank: int, world: int, folder: str) -> None:
+    """Rank 0 has what it needs, and leaves, while rank 1 still multiplies."""
+    start(rank, world, folder)
+    x, w = torch.full((1000, 1024), float(rank)), torch.ones(8 if rank == 0 else 8000, 1024)
+    (y,) = torch.ops.pypar.all_gather_matmul(x, [w], [], None, dist.group.WORLD.group_name, num_chunks=2)
+    if rank == 0:
+        dist.destroy_process_group()
+    want = torch.arange(2.0).repeat_interleave(1000) * 1024
+    torch.testing.assert_close(y, want[:, None].expand_as(y), rtol=0, atol=0)
+
+
+def test_a_rank_that_leaves_after_the_call_ends_nothing(tmp_path):
+    run_ranks(one_is_done_first, 2, str(tmp_path), backend="none")
+
+
 def listening_ports() -> set[int]:
     """Of this process."""
     mine = set()
@@ -74,7 +89,7 @@ def listening_ports() -> set[int]:
 def a_stranger_calls(rank: int, world: int, folder: str) -> int:
     start(rank, world, folder)
     dist.barrier()
-    before, sockets = listening_ports(), []
+    before, sockets, called = listening_ports(), [], Path(folder, "called")
 
     def call() -> None:
         """A silent one and one that guesses, at whatever this rank begins to listen at."""
@@ -88,12 +103,13 @@ def a_stranger_calls(rank: int, world: int, folder: str) -> int:
                     break
                 except OSError:
                     continue
+        called.touch()
 
     stranger = threading.Thread(target=call)
     if rank == 0:
         stranger.start()
-    else:
-        time.sleep(DELAY_S)
+    while rank == 1 and not called.exists():
+        time.sleep(0.01)
     x = torch.full((4, 3), float(rank))
     expect(gather(x), x, world)
     if rank == 0:

@@ -50,39 +50,40 @@ class Own(nn.Module):
         return self.head(self.norm(x + first if self.skip else x))
 
 
-def hf_llama(tied=False):
+def hf_llama(tied=False, num_blocks=7):
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=7, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=num_blocks, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
-def hf_gpt2(tied=True):
+def hf_gpt2(tied=True, num_blocks=7):
     import transformers
 
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=7, n_head=4, n_positions=64, tie_word_embeddings=tied, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=num_blocks, n_head=4, n_positions=64, tie_word_embeddings=tied,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
 
 MODELS = {
-    "own": lambda: Own(),
-    "own tied": lambda: Own(tied=True),
-    "llama": lambda: hf_llama(),
-    "llama tied": lambda: hf_llama(True),
-    "gpt2": lambda: hf_gpt2(False),
-    "gpt2 tied": lambda: hf_gpt2(),
+    "own": lambda num: Own(num),
+    "own tied": lambda num: Own(num, tied=True),
+    "llama": lambda num: hf_llama(False, num),
+    "llama tied": lambda num: hf_llama(True, num),
+    "gpt2": lambda num: hf_gpt2(False, num),
+    "gpt2 tied": lambda num: hf_gpt2(True, num),
 }
 
 
 def build(name):
+    """deep: enough blocks for two stages on each of 4 ranks."""
     torch.manual_seed(3)
-    return MODELS[name]()
+    return MODELS[name.removesuffix(" deep")](9 if name.endswith(" deep") else 7)
 
 
 def batches(name, steps, size):

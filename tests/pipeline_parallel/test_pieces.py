@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pipeline_parallel.pipeline_common import MODELS, STEPS, check, reference, train
+from pipeline_parallel.pipeline_common import MODELS, STEPS, build, check, reference, train
 from torch import nn
 
 from pypar.pieces import pieces_of
@@ -35,7 +35,7 @@ def test_pieces_are_the_children_in_the_order_of_their_calls():
     assert [name for name, _ in pieces_of(Nested())] == ["norm", "first", "second"]
     assert pieces_of(Twice()) == pieces_of(WithParameter()) == pieces_of(nn.Linear(2, 2)) == []
     for kind in ("llama", "gpt2"):
-        block = list(MODELS[kind]().modules())
+        block = list(build(kind).modules())
         layer = next(m for m in block if type(m).__name__ in ("LlamaDecoderLayer", "GPT2Block"))
         names = [name for name, _ in pieces_of(layer)]
         assert names[1] in ("self_attn", "attn") and names[3] == "mlp", names
