@@ -250,6 +250,7 @@ Links::Links(c10d::Store& store, int rank, const std::vector<int>& peers, const 
   const uint64_t token = random_number();
   const std::string own = encode(address, token);
   store.set(key_of(rank), std::vector<uint8_t>(own.begin(), own.end()));
+  std::vector<std::pair<Fd, int>> made;  // closed again where another can't be made
   size_t to_come = 0;
   for (int peer : peers) {
     if (peer > rank) {
@@ -261,14 +262,15 @@ Links::Links(c10d::Store& store, int rank, const std::vector<int>& peers, const 
       std::this_thread::sleep_for(kLook);
     }
     const auto text = store.get(key_of(peer));
-    connections_.emplace_back().peer = peer;
-    connections_.back().fd = connect_to(peer, std::string(text.begin(), text.end()), rank, check).release();
+    made.emplace_back(connect_to(peer, std::string(text.begin(), text.end()), rank, check), peer);
   }
-  for (auto& [link, peer] : accept_all(listener.fd, token, to_come, check)) {
+  for (auto& link : accept_all(listener.fd, token, to_come, check)) made.push_back(std::move(link));
+  connections_.reserve(made.size());
+  for (auto& [link, peer] : made) {
+    set_options(link.fd);
     connections_.emplace_back().peer = peer;
     connections_.back().fd = link.release();
   }
-  for (const Connection& c : connections_) set_options(c.fd);
 }
 
 }  // namespace pypar

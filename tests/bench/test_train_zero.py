@@ -49,6 +49,21 @@ class Wrong(ZeroTrainRank):
         return super().measure(variant, case, iters, num_samples)
 
 
+class Unprofiled(ZeroTrainRank):
+    """Ends when it is asked where the time goes."""
+
+    def profile(self, variant: str, case: Case, num_steps: int) -> Any:
+        raise RuntimeError("no memory for a profile")
+
+
+@needs_compiler
+def test_a_breakdown_that_fails_costs_no_times() -> None:
+    said: list[str] = []
+    _, results = BENCH.run_model("tiny", {"none": WAYS["none"]}, steps=2, kind=Unprofiled, say=said.append)
+    assert [r.variant for r in results if r.us and not r.refused][:1] == ["none"]
+    assert said[-1].startswith("  no breakdown of none: rank ") and said[-1].endswith("no memory for a profile"), said
+
+
 @needs_compiler
 def test_wrong_variants_have_no_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ways = {name: WAYS[name] for name in ("none", "zero-1", "zero-2", "zero-3", "ddp-gloo")}
